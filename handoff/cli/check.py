@@ -1,0 +1,34 @@
+"""`handoff check`: would this configuration and this application load? Nothing is bound or served."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import click
+
+from handoff.errors import ExitCode
+from handoff.inherited import effective_binds
+from handoff.resolve import make_launch, resolve
+
+
+@click.command()
+@click.argument("app", required=False)
+@click.option("--factory", is_flag=True, default=None, help="APP names a function that makes the application.")
+@click.option("--chdir", metavar="DIR", help="The application's directory.")
+@click.option("--python", metavar="PATH", help="Interpreter. Default: the one beside this command.")
+@click.option("--env-file", metavar="FILE", help="Variables for the application.")
+@click.option("--config", metavar="FILE", help="Default: handoff.toml in the directory.")
+def check(app: str | None, factory: bool | None, **paths: Any) -> int:
+    """Read the configuration and import APP as a worker would, without serving."""
+    overrides = {key: value for key, value in (("app", app), ("factory", factory)) if value is not None}
+    launch = make_launch(overrides, argv0=sys.argv[0], cwd=os.getcwd(), environ=os.environ, **paths)
+    pins = resolve(launch)
+    effective_binds(pins.settings.binds, [], pins.directory)
+    settings = pins.settings
+    command = [pins.python, "-P", "-m", "handoff.worker.check_import", settings.app, settings.interface]
+    command += ["factory"] if settings.factory else []
+    done = subprocess.run(command, cwd=pins.directory, env=pins.environment, check=False)
+    return ExitCode.DONE if done.returncode == 0 else ExitCode.FAILED

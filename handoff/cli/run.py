@@ -1,0 +1,126 @@
+"""`handoff run`: be the master of a service."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from handoff.cli.options import Duration, Surge
+from handoff.config import load_service_options, load_settings
+from handoff.errors import ExitCode
+from handoff.inherited import take_inherited
+from handoff.master.limits import raise_fd_limit
+from handoff.master.master import serve
+from handoff.resolve import clean_environment, make_launch
+from handoff.run_directory import RunDirectory, run_directory_root
+
+_SECONDS = {
+    "check_timeout",
+    "boot_timeout",
+    "probation",
+    "drain_timeout",
+    "stop_timeout",
+    "keep_alive",
+    "request_timeout",
+}
+_RENAMED = {"bind": "binds", "header": "headers"}
+_NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
+
+
+@click.command()
+@click.argument("app", required=False)
+@click.option("--factory", is_flag=True, default=None, help="APP names a function that makes the application.")
+@click.option(
+    "--bind",
+    "-b",
+    multiple=True,
+    metavar="[NAME=]ADDR",
+    help="HOST:PORT, [V6]:PORT, unix:PATH or fd://N; repeatable. Default 127.0.0.1:8000, or what was inherited.",
+)
+@click.option("--backlog", type=int, help="Length of the queue of connections. Default 2048.")
+@click.option("--workers", "-w", type=int, help="Number of worker processes. Default 1.")
+@click.option("--threads", type=int, help="Threads of a worker with a WSGI application. Default 10.")
+@click.option("--interface", type=click.Choice(["auto", "asgi", "wsgi", "handoff"]), help="Default auto.")
+@click.option("--loop", type=click.Choice(["uvloop", "asyncio"]), help="Default uvloop.")
+@click.option("--chdir", metavar="DIR", help="The application's directory; symlinks are resolved at each reload.")
+@click.option("--python", metavar="PATH", help="Interpreter of the workers. Default: the one beside this command.")
+@click.option("--env-file", metavar="FILE", help="Variables for the workers, read at each reload.")
+@click.option("--config", metavar="FILE", help="Default: handoff.toml in the directory. The command line wins.")
+@click.option("--name", help="Name of the service. Default: that of the directory.")
+@click.option("--label", help="Your name for the first version.")
+@click.option("--run-dir", metavar="DIR", help="Where services keep their control sockets.")
+@click.option("--pidfile", metavar="PATH", help="Locked for as long as the service runs.")
+@click.option("--control-group", metavar="GROUP", help="Members of this group may control the service, too.")
+@click.option("--check", metavar="PATH", help="A new worker must answer this well before it gets clients.")
+@click.option("--check-timeout", type=Duration(), help="For the check and each warm-up request. Default 5s.")
+@click.option("--warm-up", multiple=True, metavar="PATH", help="Requested before the check; repeatable.")
+@click.option("--boot-timeout", type=Duration(), help="Until a worker must be ready. Default 30s.")
+@click.option(
+    "--probation", type=Duration(), help="What a ready generation must survive before the commit. Default 1s."
+)
+@click.option("--surge", type=Surge(), help="Replace so many workers at a time. Default all.")
+@click.option("--drain-timeout", type=Duration(), help="For a replaced worker's connections. Default 30s.")
+@click.option("--stop-timeout", type=Duration(), help="The same when the service stops. Default 30s.")
+@click.option("--max-generations", type=int, help="Alive at once; the oldest is squeezed first. Default 3.")
+@click.option("--keep-alive", type=Duration(), help="For idle connections. Default 75s.")
+@click.option("--request-timeout", type=Duration(), help="For one request, start to end. Default none.")
+@click.option("--limit-concurrency", type=int, help="Beyond so many requests at once a worker answers 503.")
+@click.option("--forwarded-allow-ips", metavar="LIST", help="Proxies whose X-Forwarded-* are believed.")
+@click.option("--root-path", help="The path that the application is mounted under.")
+@click.option("--header", multiple=True, metavar="K:V", help="Added to each response; repeatable.")
+@click.option("--access-log/--no-access-log", default=None, help="On by default.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Default text.")
+@click.option("--log-config", metavar="FILE", help="A logging configuration for the workers.")
+@click.option("--generation-header", is_flag=True, default=None, help="Add `handoff-generation: N` to each response.")
+def run(**options: Any) -> int:
+    """Serve APP, written module:attribute or module:factory(). SIGHUP or `handoff reload` replaces the workers."""
+    launch = make_launch(
+        _overrides(options),
+        argv0=sys.argv[0],
+        cwd=os.getcwd(),
+        environ=os.environ,
+        **{key: options[key] for key in _NOT_SETTINGS},
+    )
+    inherited = take_inherited(os.environ, os.getpid())
+    raise_fd_limit()
+    # Everything that was typed is judged before the service's directory is touched.
+    settings = load_settings(launch, launch.directory, clean_environment(os.environ))
+    service = load_service_options(launch, launch.directory)
+    root = run_directory_root(service.run_dir, os.environ, os.geteuid())
+    run_directory = RunDirectory(root, settings.name, service.control_group)
+    run_directory.lock()
+    try:
+        ended, traceback = serve(
+            launch, service, inherited, Path(run_directory.control_socket_path), run_directory.group_id
+        )
+    finally:
+        run_directory.close()
+    if ended.exit_code is not ExitCode.DONE:
+        if traceback:
+            sys.stderr.write(traceback + "\n")
+        sys.stderr.write(f"handoff: error: {ended.reason}\n")
+    return ended.exit_code
+
+
+def _overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """What was given, under the names of the settings."""
+    given: dict[str, Any] = {}
+    for key, value in options.items():
+        if value is None or value == () or key in _NOT_SETTINGS:
+            continue
+        field = _RENAMED.get(key, f"{key}_seconds" if key in _SECONDS else key)
+        given[field] = None if field == "surge" and value == "all" else value
+    if "headers" in given:
+        given["headers"] = tuple(_header(text) for text in given["headers"])
+    return given
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition(":")
+    if not separator:
+        raise click.UsageError(f"--header {text!r}: has no colon; write NAME:VALUE")
+    return name.strip(), value.strip()

@@ -1,0 +1,118 @@
+"""The records of all generations and workers, the one place where they change state, and questions about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from handoff.core.generation import GENERATION_TABLE, GenerationEvent, GenerationRecord, GenerationState
+from handoff.core.machine import follow
+from handoff.core.vocabulary import Action, Drain, LogTransition, Open, SendSignal, Signal, Spawn
+from handoff.core.worker import MAY_HOLD_CONNECTIONS, WORKER_TABLE, WorkerEvent, WorkerRecord, WorkerState
+
+OPEN_SECONDS = 5.0
+"""How long a worker may take to confirm that it accepts."""
+DRAIN_GRACE_SECONDS = 2.0
+"""After its drain deadline a worker closes what is left by itself; this much later it gets TERM."""
+STOP_GRACE_SECONDS = 2.0
+"""From TERM, or from the stack dump, to KILL."""
+NOW_GRACE_SECONDS = 1.0
+"""From "at once" to KILL."""
+
+
+class Fleet:
+    """Every worker and generation that is not gone. Actions are collected in `actions` until they are taken."""
+
+    def __init__(self) -> None:
+        self.workers: dict[int, WorkerRecord] = {}
+        self.generations: dict[int, GenerationRecord] = {}
+        self.actions: list[Action] = []
+        self._next_worker = 1
+        self._next_generation = 1
+
+    # --- questions --------------------------------------------------------------------------------------------------
+
+    def workers_of(self, generation: int) -> list[WorkerRecord]:
+        return [worker for worker in self.workers.values() if worker.generation == generation]
+
+    def in_state(self, *states: GenerationState) -> list[GenerationRecord]:
+        return [record for record in self.generations.values() if record.state in states]
+
+    def starting(self) -> GenerationRecord | None:
+        return next((record for record in self.generations.values() if record.is_starting), None)
+
+    def count(self, generation: int, state: WorkerState) -> int:
+        return sum(worker.state is state for worker in self.workers_of(generation))
+
+    def deadlines(self) -> Iterator[float]:
+        for worker in self.workers.values():
+            if worker.deadline is not None:
+                yield worker.deadline
+        for record in self.generations.values():
+            if record.deadline is not None:
+                yield record.deadline
+
+    # --- changes of state -------------------------------------------------------------------------------------------
+
+    def move(self, worker: WorkerRecord, event: WorkerEvent, reason: str = "", deadline: float | None = None) -> None:
+        """Raises IllegalTransition, and changes nothing, where the table has no such row."""
+        came_from, worker.state = worker.state, follow(WORKER_TABLE, worker.state, event)
+        worker.deadline = deadline
+        if came_from is not worker.state:
+            self.actions.append(
+                LogTransition(
+                    "worker", worker.generation, came_from.value, worker.state.value, reason, worker.worker, worker.slot
+                )
+            )
+
+    def move_generation(self, record: GenerationRecord, event: GenerationEvent, reason: str = "") -> None:
+        came_from, record.state = record.state, follow(GENERATION_TABLE, record.state, event)
+        record.deadline = None
+        self.actions.append(LogTransition("generation", record.generation, came_from.value, record.state.value, reason))
+
+    def new_generation(self, label: str | None, is_rollback: bool, now: float) -> GenerationRecord:
+        record = GenerationRecord(self._next_generation, label or "", is_rollback, now)
+        self._next_generation += 1
+        self.generations[record.generation] = record
+        return record
+
+    def spawn(self, record: GenerationRecord, slot: int, now: float) -> None:
+        assert record.timings is not None
+        worker = WorkerRecord(self._next_worker, record.generation, slot, now)
+        worker.deadline = now + record.timings.boot_timeout_seconds
+        self._next_worker += 1
+        self.workers[worker.worker] = worker
+        self.actions.append(Spawn(worker.worker, record.generation, slot))
+
+    # --- telling workers --------------------------------------------------------------------------------------------
+
+    def open(self, worker: WorkerRecord, now: float) -> None:
+        self.move(worker, WorkerEvent.OPEN, deadline=now + OPEN_SECONDS)
+        self.actions.append(Open(worker.worker))
+
+    def drain(self, worker: WorkerRecord, seconds: float, now: float, reason: str) -> None:
+        """Begin a drain, or shorten one; a drain's deadline never moves later."""
+        grace = DRAIN_GRACE_SECONDS if seconds > 0 else NOW_GRACE_SECONDS
+        deadline = now + seconds + grace
+        if worker.state is WorkerState.DRAINING and worker.deadline is not None and worker.deadline <= deadline:
+            return
+        self.move(worker, WorkerEvent.DRAIN, reason, deadline)
+        self.actions.append(Drain(worker.worker, seconds))
+
+    def stop(self, worker: WorkerRecord, now: float, reason: str, signal: Signal = Signal.TERM) -> None:
+        if worker.state in (WorkerState.STOPPING, WorkerState.KILLED):
+            return
+        self.move(worker, WorkerEvent.STOP, reason, now + STOP_GRACE_SECONDS)
+        self.actions.append(SendSignal(worker.worker, signal))
+
+    def kill(self, worker: WorkerRecord, reason: str) -> None:
+        if worker.state is WorkerState.KILLED:
+            return
+        self.move(worker, WorkerEvent.KILL, reason)
+        self.actions.append(SendSignal(worker.worker, Signal.KILL))
+
+    def dismiss(self, worker: WorkerRecord, seconds: float, now: float, reason: str) -> None:
+        """Send a worker away: one that may hold connections drains, another is stopped."""
+        if worker.state in MAY_HOLD_CONNECTIONS:
+            self.drain(worker, seconds, now, reason)
+        else:
+            self.stop(worker, now, reason)

@@ -1,0 +1,130 @@
+"""What master and worker say to each other: one datagram is one of these, as JSON, plus the fds it declares.
+
+The first datagram is the worker's Hello; it carries the protocol's version, and the master answers in that version.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from handoff.settings import Settings
+
+PROTOCOL = 1
+SERVED_PROTOCOLS = frozenset({1})
+"""A master serves its own version and the one before."""
+MAXIMUM_INLINE_BYTES = 64 * 1024
+"""A longer message travels in a memfd."""
+MAXIMUM_MESSAGE_BYTES = 16 * 1024 * 1024
+MAXIMUM_TEXT = 16 * 1024
+"""Reasons and tracebacks are cut to this many characters, at the end that says least."""
+MAXIMUM_HOLDS = 200
+"""How many connections one report of a drain lists."""
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    """`fds`: how many file descriptors come with the datagram. Any other count closes the peer."""
+
+    fds: int = 0
+
+
+# --- worker to master -----------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    protocol: int
+    release: str
+    """The version of handoff that the worker runs."""
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    step: str
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """The application is loaded, warmed up and checked; nothing is accepted yet."""
+
+    interface: str
+    unserved: tuple[str, ...] = ()
+    """Names of listeners that the application does not serve."""
+
+
+class Opened(Message, frozen=True, tag="opened"):
+    """Connections are accepted from now on."""
+
+
+class Leaving(Message, frozen=True, tag="leaving"):
+    reason: str
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The boot failed; the process ends right after."""
+
+    reason: str
+    traceback: str = ""
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """One thing that keeps a drain from ending."""
+
+    kind: str
+    """request, websocket, connection or task."""
+    peer: str
+    path: str
+    age_seconds: float
+
+
+class Holds(Message, frozen=True, tag="holds"):
+    request: int
+    total: int
+    holds: tuple[Hold, ...]
+
+
+# --- master to worker -----------------------------------------------------------------------------------------------
+
+
+class ListenerInfo(msgspec.Struct, frozen=True):
+    """A listener that the worker inherited under the number `fd`."""
+
+    name: str
+    address: str
+    fd: int
+
+
+class Boot(Message, frozen=True, tag="boot"):
+    generation: int
+    label: str
+    slot: int
+    worker: int
+    settings: Settings
+    listeners: tuple[ListenerInfo, ...]
+    counters_fd: int
+    counters_row: int
+
+
+class Open(Message, frozen=True, tag="open"):
+    pass
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    seconds: float
+
+
+class Report(Message, frozen=True, tag="report"):
+    """Asks for a Holds with the same number."""
+
+    request: int
+
+
+WorkerMessage = Hello | Progress | Ready | Opened | Leaving | Failed | Holds
+MasterMessage = Boot | Open | Drain | Report
+
+
+class InMemfd(Message, frozen=True, tag="in-memfd"):
+    """The message itself is in the memfd that comes with this, `size` bytes long. Its own fds follow."""
+
+    size: int
+
+
+def cut(text: str, limit: int = MAXIMUM_TEXT) -> str:
+    """The last `limit` characters: a traceback says most at its end."""
+    return text if len(text) <= limit else "…" + text[1 - limit :]

@@ -1,0 +1,546 @@
+"""The supervisor: decides, from events and the time, what the master does. It does no I/O.
+
+Events change facts; `_reconcile` then compares what is with what should be and asks for the difference.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from handoff.core.fleet import Fleet
+from handoff.core.generation import GenerationEvent, GenerationRecord, GenerationState, Timings
+from handoff.core.machine import IllegalTransition
+from handoff.core.respawn import STABLE_SECONDS, Respawn
+from handoff.core.vocabulary import (
+    Action,
+    Committed,
+    Event,
+    Exit,
+    FailedSaid,
+    Forget,
+    GenerationStopRequested,
+    HelloSaid,
+    LeavingSaid,
+    LogWarning,
+    OpenedSaid,
+    Pending,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    ProgressSaid,
+    ReadySaid,
+    ReloadRequested,
+    ScaleRequested,
+    Signal,
+    StopRequested,
+    Tick,
+    Verdict,
+    WorkerBroke,
+    WorkerExited,
+)
+from handoff.core.worker import WorkerEvent, WorkerRecord, WorkerState
+from handoff.errors import ExitCode
+
+MAXIMUM_WORKERS = 256
+_ROUNDS = 50
+"""Reconciling settles within a few rounds; more than this is our mistake."""
+
+_G = GenerationState
+_W = WorkerState
+
+
+class Supervisor:
+    """One service's generations and workers. `handle` is the only way in; it returns what is to be done, in order."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet()
+        self.live: int | None = None
+        self.previous: int | None = None
+        """The generation that was live before; a rollback goes back to it."""
+        self.is_stopping = False
+        self.has_exited = False
+        self.last_verdict: Verdict | None = None
+        self._pending: Pending | None = None
+        self._stop_requests: list[int] = []
+        self._scale: tuple[int, int] | None = None
+        """Workers asked for by a scale, and what the configuration said then."""
+        self._scale_requests: list[int] = []
+        self._first_failure: Verdict | None = None
+        self._now = 0.0
+
+    # --- the way in -------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event. Events of workers that are gone are ignored: they were under way."""
+        self._now = now
+        self._apply(event, now)
+        self._reconcile(now)
+        actions, self.fleet.actions = self.fleet.actions, []
+        return actions
+
+    def next_deadline(self) -> float | None:
+        """When to come back with a Tick, if nothing else happens before."""
+        deadlines = list(self.fleet.deadlines())
+        record = self._live()
+        if record is not None:
+            # What is due already waits for room, that is for an exit, and not for the time.
+            due_later = (self._not_before(record, slot) for slot in self._missing_slots(record))
+            deadlines += [not_before for not_before in due_later if not_before > self._now]
+        return min(deadlines, default=None)
+
+    def _apply(self, event: Event, now: float) -> None:
+        match event:
+            case ReloadRequested():
+                self._reload_requested(event, now)
+            case ScaleRequested():
+                self._scale_requested(event)
+            case StopRequested():
+                self._stop_requested(event, now)
+            case GenerationStopRequested():
+                self._generation_stop_requested(event, now)
+            case Prepared():
+                self._prepared(event, now)
+            case PrepareFailed():
+                record = self.fleet.generations[event.generation]
+                if record.is_starting:  # a stop may have come in between
+                    self._fail(record, event.reason, now, exit_code=event.exit_code)
+            case WorkerExited():
+                self._exited(event, now)
+            case Tick():
+                pass
+            case _:
+                worker = self.fleet.workers.get(event.worker)
+                if worker is not None:
+                    self._said(worker, event, now)
+
+    # --- what workers say -------------------------------------------------------------------------------------------
+
+    def _said(
+        self,
+        worker: WorkerRecord,
+        event: HelloSaid | ProgressSaid | ReadySaid | OpenedSaid | LeavingSaid | FailedSaid | WorkerBroke,
+        now: float,
+    ) -> None:
+        try:
+            match event:
+                case HelloSaid():
+                    self.fleet.move(worker, WorkerEvent.HELLO, deadline=worker.deadline)
+                    worker.step = "loading the application"
+                case ProgressSaid():
+                    worker.step = event.step
+                case ReadySaid():
+                    keep = worker.deadline if worker.state is not _W.BOOTING else None
+                    self.fleet.move(worker, WorkerEvent.READY, deadline=keep)
+                case OpenedSaid():
+                    opening = worker.state is _W.OPENING
+                    self.fleet.move(
+                        worker, WorkerEvent.OPENED, deadline=now + STABLE_SECONDS if opening else worker.deadline
+                    )
+                case LeavingSaid():
+                    self._leaving(worker, event.reason, now)
+                case FailedSaid():
+                    worker.failure, worker.traceback = event.reason, event.traceback
+                    self.fleet.stop(worker, now, event.reason)
+                case WorkerBroke():
+                    self._broke(worker, event.reason)
+                case _:
+                    assert_never(event)
+        except IllegalTransition as error:
+            self._broke(worker, str(error))
+
+    def _broke(self, worker: WorkerRecord, reason: str) -> None:
+        worker.failure = worker.failure or f"worker {worker.worker} broke the protocol: {reason}"
+        self.fleet.actions.append(LogWarning(worker.failure))
+        self.fleet.kill(worker, reason)
+
+    def _leaving(self, worker: WorkerRecord, reason: str, now: float) -> None:
+        if worker.state in (_W.ACCEPTING, _W.OPENING):
+            timings = self.fleet.generations[worker.generation].timings
+            assert timings is not None
+            self.fleet.drain(worker, timings.drain_timeout_seconds, now, reason)
+        elif worker.fills_slot:
+            worker.failure = f"left before it was live: {reason}"
+            self.fleet.stop(worker, now, reason)
+
+    def _exited(self, event: WorkerExited, now: float) -> None:
+        worker = self.fleet.workers.get(event.worker)
+        if worker is None:
+            return
+        was_unexpected = worker.fills_slot or bool(worker.failure)
+        reason = worker.failure or _exit_reason(worker, event.how)
+        self.fleet.move(worker, WorkerEvent.EXIT, event.how)
+        del self.fleet.workers[worker.worker]
+        record = self.fleet.generations[worker.generation]
+        traceback = worker.traceback or event.post_mortem
+        if record.state is _G.ABORTING and not record.traceback:
+            record.traceback = traceback
+        if not was_unexpected:
+            return
+        if record.is_starting:
+            self._fail(record, reason, now, traceback)
+        elif record.state is _G.LIVE:
+            respawn = record.respawns.setdefault(worker.slot, Respawn())
+            was_open = respawn.is_breaker_open
+            respawn.crashed(now)
+            self._warn_of_crash(worker, respawn, reason, traceback, was_open)
+
+    def _warn_of_crash(
+        self, worker: WorkerRecord, respawn: Respawn, reason: str, traceback: str, was_open: bool
+    ) -> None:
+        text = f"generation {worker.generation}: slot {worker.slot}: {reason}; crash {respawn.crashes} in a row"
+        if traceback:
+            text += "\n" + traceback
+        self.fleet.actions.append(LogWarning(text))
+        if respawn.is_breaker_open and not was_open:
+            self.fleet.actions.append(
+                LogWarning(
+                    f"generation {worker.generation}: slot {worker.slot} is in a crash loop; "
+                    "trying slowly from now on; roll back or reload with a fix"
+                )
+            )
+
+    # --- what operators ask -----------------------------------------------------------------------------------------
+
+    def _reload_requested(self, event: ReloadRequested, now: float) -> None:
+        requests = [] if event.request is None else [event.request]
+        if self.is_stopping:
+            self._answer(requests, ExitCode.ABORTED, "the service is stopping")
+            return
+        starting = self.fleet.starting()
+        if event.is_rollback and starting is not None and self.live is not None:
+            self._drop_pending("superseded by a rollback")
+            reason = f"generation {starting.generation} was aborted by a rollback"
+            self._fail(starting, reason, now, exit_code=ExitCode.ABORTED)
+            self._answer(requests, ExitCode.DONE, f"{reason}; generation {self.live} stays live", self.live)
+            return
+        if event.is_rollback and self.previous is None:
+            self._answer(requests, ExitCode.REFUSED, "rollback: there is no previous generation to go back to")
+            return
+        pending = Pending(event.label, event.is_rollback, requests)
+        if self._pending is not None and self._pending.is_rollback == event.is_rollback:
+            pending.requests = self._pending.requests + requests  # one reload serves them all; the latest label wins
+        else:
+            self._drop_pending("superseded by a later request")
+        self._pending = pending
+
+    def _drop_pending(self, reason: str) -> None:
+        if self._pending is not None:
+            self._answer(self._pending.requests, ExitCode.REFUSED, f"refused: {reason}")
+            self._pending = None
+
+    def _scale_requested(self, event: ScaleRequested) -> None:
+        requests = [] if event.request is None else [event.request]
+        record = self._live()
+        if record is None or record.timings is None or self.is_stopping:
+            self._answer(requests, ExitCode.REFUSED, "scale: no generation is live", is_reload=False)
+            return
+        wanted = event.workers if event.workers is not None else record.workers_wanted + event.change
+        if not 1 <= wanted <= MAXIMUM_WORKERS:
+            text = f"scale: {wanted} workers: must be between 1 and {MAXIMUM_WORKERS}"
+            self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
+            return
+        if self._scale_requests:
+            self._answer(self._scale_requests, ExitCode.REFUSED, "scale: superseded by a later one", is_reload=False)
+        record.workers_wanted = wanted
+        self._scale = (wanted, record.timings.workers)
+        self._scale_requests = requests
+
+    def _stop_requested(self, event: StopRequested, now: float) -> None:
+        if event.request is not None:
+            self._stop_requests.append(event.request)
+        is_now = event.is_now or self.is_stopping
+        self.is_stopping = True
+        if self._pending is not None:
+            self._answer(self._pending.requests, ExitCode.ABORTED, "aborted: the service is stopping")
+            self._pending = None
+        for record in list(self.fleet.generations.values()):
+            self._stop_generation(record, "the service is stopping", now, is_now)
+
+    def _generation_stop_requested(self, event: GenerationStopRequested, now: float) -> None:
+        requests = [] if event.request is None else [event.request]
+        record = self.fleet.generations.get(event.generation)
+        if record is None:
+            known = ", ".join(map(str, self.fleet.generations)) or "none"
+            text = f"stop: no generation {event.generation}; there are: {known}"
+            self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
+        elif record.generation == self.live:
+            text = f"stop: generation {event.generation} is live; stop the service, or reload it"
+            self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
+        else:
+            self._stop_generation(record, "stopped by the operator", now, event.is_now or not record.is_starting)
+            text = f"generation {event.generation} is being stopped"
+            self._answer(requests, ExitCode.DONE, text, event.generation, is_reload=False)
+
+    def _stop_generation(self, record: GenerationRecord, reason: str, now: float, is_now: bool) -> None:
+        if record.is_starting:
+            self._fail(record, reason, now, exit_code=ExitCode.ABORTED)
+        elif record.state in (_G.LIVE, _G.RETIRING):
+            self.fleet.move_generation(record, GenerationEvent.STOPPED, reason)
+        seconds = 0.0 if is_now or record.timings is None else record.timings.stop_timeout_seconds
+        for worker in self.fleet.workers_of(record.generation):
+            self.fleet.dismiss(worker, seconds, now, reason)
+
+    # --- a generation's start and failure ---------------------------------------------------------------------------
+
+    def _prepared(self, event: Prepared, now: float) -> None:
+        record = self.fleet.generations[event.generation]
+        if not record.is_starting:
+            return  # a stop came in between
+        record.timings, record.label = event.timings, event.label
+        record.workers_wanted = self._workers_wanted(event.timings)
+        self.fleet.move_generation(record, GenerationEvent.PREPARED)
+        self._squeeze(event.timings.max_generations, now)
+        for slot in range(record.wave):
+            self.fleet.spawn(record, slot, now)
+
+    def _workers_wanted(self, timings: Timings) -> int:
+        """A scale holds over reloads until the configured number changes: an edit wins over a stale override."""
+        if self._scale is not None and self._scale[1] == timings.workers:
+            return self._scale[0]
+        if self._scale is not None:
+            text = f"workers: the configuration now says {timings.workers}; the scale to {self._scale[0]} is dropped"
+            self.fleet.actions.append(LogWarning(text))
+            self._scale = None
+        return timings.workers
+
+    def _squeeze(self, limit: int, now: float) -> None:
+        """Live generations are capped: the oldest that drain end now."""
+        alive = [record for record in self.fleet.generations.values() if record.state is not _G.GONE]
+        draining = [record for record in alive if record.state is _G.DRAINING]
+        for record in draining[: max(0, len(alive) - limit)]:
+            for worker in self.fleet.workers_of(record.generation):
+                self.fleet.dismiss(worker, 0.0, now, f"more than {limit} generations")
+
+    def _fail(
+        self,
+        record: GenerationRecord,
+        reason: str,
+        now: float,
+        traceback: str = "",
+        exit_code: ExitCode = ExitCode.FAILED,
+    ) -> None:
+        record.failure, record.traceback, record.exit_code = reason, traceback, exit_code
+        self.fleet.move_generation(record, GenerationEvent.FAILED, reason)
+        seconds = record.timings.drain_timeout_seconds if record.timings is not None else 0.0
+        for worker in self.fleet.workers_of(record.generation):
+            self.fleet.dismiss(worker, seconds, now, reason)
+
+    # --- reconciling ------------------------------------------------------------------------------------------------
+
+    def _reconcile(self, now: float) -> None:
+        for _ in range(_ROUNDS):
+            before = len(self.fleet.actions)
+            for worker in list(self.fleet.workers.values()):
+                if worker.deadline is not None and worker.deadline <= now:
+                    self._expire(worker, now)
+            for record in list(self.fleet.generations.values()):
+                self._step(record, now)
+            self._start_pending(now)
+            self._answer_scale()
+            self._finish()
+            if len(self.fleet.actions) == before:
+                return
+        raise AssertionError("reconciling does not settle")
+
+    def _expire(self, worker: WorkerRecord, now: float) -> None:
+        match worker.state:
+            case _W.STARTING | _W.BOOTING:
+                seconds = round(now - worker.started_at, 1)
+                worker.failure = f"worker {worker.worker} was not ready after {seconds} s; it was {worker.step}"
+                self.fleet.stop(worker, now, "boot timeout", Signal.DUMP)
+            case _W.OPENING:
+                worker.failure = f"worker {worker.worker} did not begin to accept"
+                self.fleet.stop(worker, now, "no confirmation", Signal.DUMP)
+            case _W.ACCEPTING:
+                worker.deadline = None
+                self.fleet.generations[worker.generation].respawns.pop(worker.slot, None)
+            case _W.DRAINING:
+                self.fleet.stop(worker, now, "drain deadline")
+            case _W.STOPPING:
+                self.fleet.kill(worker, "did not end")
+            case _W.READY | _W.KILLED | _W.EXITED:
+                raise AssertionError(f"{worker.state.name} has no deadline")
+            case _:
+                assert_never(worker.state)
+
+    def _step(self, record: GenerationRecord, now: float) -> None:
+        match record.state:
+            case _G.PREPARING | _G.GONE:
+                pass
+            case _G.BOOTING:
+                if self.fleet.count(record.generation, _W.READY) >= record.wave:
+                    self.fleet.move_generation(record, GenerationEvent.ALL_READY)
+                    assert record.timings is not None
+                    record.deadline = now + record.timings.probation_seconds
+            case _G.PROBATION:
+                if record.deadline is not None and record.deadline <= now:
+                    self.fleet.move_generation(record, GenerationEvent.SURVIVED)
+                    for worker in self.fleet.workers_of(record.generation):
+                        self.fleet.open(worker, now)
+            case _G.OPENING:
+                if self.fleet.count(record.generation, _W.ACCEPTING) >= record.wave:
+                    self._commit(record, now)
+            case _G.LIVE:
+                self._populate(record, now)
+                self._retire_older(record, now)
+            case _G.RETIRING:
+                if not any(worker.fills_slot for worker in self.fleet.workers_of(record.generation)):
+                    self.fleet.move_generation(record, GenerationEvent.RETIRED)
+            case _G.DRAINING | _G.ABORTING:
+                self._wind_up(record, now)
+            case _:
+                assert_never(record.state)
+
+    def _commit(self, record: GenerationRecord, now: float) -> None:
+        self.fleet.move_generation(record, GenerationEvent.ALL_OPENED)
+        record.committed_at = now
+        superseded = self._live()
+        if superseded is not None:
+            self.previous = superseded.generation
+            self.fleet.move_generation(superseded, GenerationEvent.SUPERSEDED)
+        self.live = record.generation
+        self.fleet.actions.append(Committed(record.generation, self.previous))
+        text = f"generation {record.generation} is live"
+        if record.wave < record.workers_wanted:
+            text += f" with {record.wave} of {record.workers_wanted} workers; the others follow"
+        self._give_verdict(record, ExitCode.DONE, text, now)
+
+    def _populate(self, record: GenerationRecord, now: float) -> None:
+        """Fill the slots that are missing, let in who is ready, and send away who is too many."""
+        assert record.timings is not None
+        for worker in self.fleet.workers_of(record.generation):
+            if worker.slot >= record.workers_wanted and worker.fills_slot:
+                self.fleet.dismiss(worker, record.timings.drain_timeout_seconds, now, "scaled down")
+            elif worker.state is _W.READY:
+                self.fleet.open(worker, now)
+        due = [slot for slot in self._missing_slots(record) if self._not_before(record, slot) <= now]
+        for slot in due[: self._room(record)]:
+            self.fleet.spawn(record, slot, now)
+
+    def _missing_slots(self, record: GenerationRecord) -> list[int]:
+        filled = {worker.slot for worker in self.fleet.workers_of(record.generation) if worker.fills_slot}
+        return [slot for slot in range(record.workers_wanted) if slot not in filled]
+
+    def _not_before(self, record: GenerationRecord, slot: int) -> float:
+        respawn = record.respawns.get(slot)
+        return 0.0 if respawn is None else respawn.not_before
+
+    def _room(self, record: GenerationRecord) -> int:
+        """How many workers may be added: while a surge goes on, only as many as keep memory from doubling."""
+        if not self._is_surging(record):
+            return MAXIMUM_WORKERS
+        assert record.timings is not None
+        assert record.timings.surge is not None
+        return max(0, record.workers_wanted + record.timings.surge - len(self.fleet.workers))
+
+    def _is_surging(self, record: GenerationRecord) -> bool:
+        if record.timings is None or record.timings.surge is None:
+            return False
+        return any(self.fleet.workers_of(older.generation) for older in self.fleet.in_state(_G.RETIRING))
+
+    def _retire_older(self, live: GenerationRecord, now: float) -> None:
+        """Each new worker that accepts retires one old; without a surge all have gone over at once."""
+        older = [
+            worker
+            for record in self.fleet.in_state(_G.RETIRING)
+            for worker in self.fleet.workers_of(record.generation)
+            if worker.fills_slot
+        ]
+        keep = 0
+        if live.timings is not None and live.timings.surge is not None:
+            keep = max(0, live.workers_wanted - self.fleet.count(live.generation, _W.ACCEPTING))
+        for worker in older[: max(0, len(older) - keep)]:
+            timings = self.fleet.generations[worker.generation].timings
+            assert timings is not None
+            self.fleet.dismiss(worker, timings.drain_timeout_seconds, now, f"generation {live.generation} is live")
+
+    def _wind_up(self, record: GenerationRecord, now: float) -> None:
+        workers = self.fleet.workers_of(record.generation)
+        is_settled = all(worker.state is _W.DRAINING for worker in workers)
+        if record.state is _G.ABORTING and is_settled and not record.is_verdict_given:
+            self._rolled_back(record, now)
+        if not workers:
+            self.fleet.move_generation(record, GenerationEvent.EMPTIED)
+            del self.fleet.generations[record.generation]
+            self.fleet.actions.append(Forget(record.generation))
+
+    def _rolled_back(self, record: GenerationRecord, now: float) -> None:
+        if self.live is None:
+            text = record.failure
+            code = ExitCode(record.exit_code)
+        else:
+            is_abort = record.exit_code == ExitCode.ABORTED
+            code = ExitCode.ABORTED if is_abort else ExitCode.ROLLED_BACK
+            word = "aborted" if is_abort else "rolled back"
+            text = f"{word}: {record.failure}; generation {self.live} stays live"
+        self._give_verdict(record, code, text, now)
+        if self.live is None:
+            self._first_failure = self.last_verdict
+
+    def _start_pending(self, now: float) -> None:
+        if self._pending is None or self.is_stopping or self.fleet.starting() is not None:
+            return
+        if self._first_failure is not None:
+            return
+        pending, self._pending = self._pending, None
+        record = self.fleet.new_generation(pending.label, pending.is_rollback, now)
+        record.requests = pending.requests
+        source = self.previous if pending.is_rollback else None
+        self.fleet.actions.append(Prepare(record.generation, source, pending.label))
+
+    def _answer_scale(self) -> None:
+        record = self._live()
+        if record is None or not self._scale_requests:
+            return
+        workers = [worker for worker in self.fleet.workers_of(record.generation) if worker.fills_slot]
+        accepting = sum(worker.state is _W.ACCEPTING for worker in workers)
+        if accepting == len(workers) == record.workers_wanted:
+            requests, self._scale_requests = self._scale_requests, []
+            self._answer(requests, ExitCode.DONE, f"{accepting} workers accept", record.generation, is_reload=False)
+
+    def _finish(self) -> None:
+        if self.has_exited or self.fleet.workers or self.fleet.starting() is not None:
+            return
+        if self.is_stopping:
+            self.has_exited = True
+            self._answer(self._scale_requests, ExitCode.ABORTED, "aborted: the service is stopping", is_reload=False)
+            self._answer(self._stop_requests, ExitCode.DONE, "stopped", is_reload=False)
+            self.fleet.actions.append(Exit(ExitCode.DONE, "stopped"))
+        elif self._first_failure is not None:
+            self.has_exited = True
+            if self._pending is not None:
+                self._answer(self._pending.requests, ExitCode.FAILED, self._first_failure.message)
+            self.fleet.actions.append(Exit(self._first_failure.exit_code, self._first_failure.message))
+
+    # --- verdicts ---------------------------------------------------------------------------------------------------
+
+    def _live(self) -> GenerationRecord | None:
+        record = self.fleet.generations.get(self.live) if self.live is not None else None
+        return record if record is not None and record.state is _G.LIVE else None
+
+    def _give_verdict(self, record: GenerationRecord, code: ExitCode, text: str, now: float) -> None:
+        assert not record.is_verdict_given, "one verdict for each reload"
+        record.is_verdict_given = True
+        seconds = now - record.started_at
+        verdict = Verdict(tuple(record.requests), code, text, record.generation, record.traceback, seconds)
+        self.last_verdict = verdict
+        self.fleet.actions.append(verdict)
+
+    def _answer(
+        self, requests: list[int], code: ExitCode, text: str, generation: int | None = None, is_reload: bool = True
+    ) -> None:
+        if requests:
+            self.fleet.actions.append(Verdict(tuple(requests), code, text, generation, is_reload=is_reload))
+
+
+def _exit_reason(worker: WorkerRecord, how: str) -> str:
+    text = f"worker {worker.worker} (slot {worker.slot}) {how}"
+    match worker.state:
+        case _W.STARTING:
+            return f"{text} before it said hello; is handoff installed for the interpreter of this generation?"
+        case _W.BOOTING:
+            return f"{text} while it was {worker.step}"
+        case _W.READY:
+            return f"{text} after it was ready, on probation"
+        case _:
+            return text

@@ -1,0 +1,235 @@
+"""The crew: the worker processes, what they say, and how they end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
+from handoff.core.messages import (
+    SERVED_PROTOCOLS,
+    Boot,
+    Failed,
+    Hello,
+    Holds,
+    Leaving,
+    ListenerInfo,
+    Message,
+    Opened,
+    Progress,
+    Ready,
+    WorkerMessage,
+)
+from handoff.core.vocabulary import (
+    Event,
+    FailedSaid,
+    HelloSaid,
+    LeavingSaid,
+    OpenedSaid,
+    ProgressSaid,
+    ReadySaid,
+    Signal,
+    Spawn,
+    WorkerBroke,
+    WorkerExited,
+)
+from handoff.counters import CounterPage
+from handoff.listeners import Listener
+from handoff.master.log import MasterLog
+from handoff.master.loop import Loop, Order
+from handoff.master.processes import WorkerProcess, post_mortem_file
+from handoff.master.spawn import CHANNEL_VARIABLE, POST_MORTEM_VARIABLE, Command, spawn
+from handoff.settings import Pins
+
+CLOSED_CHANNEL_SECONDS = 5.0
+"""A worker whose channel is closed is ending; one that still lives after this long is killed."""
+
+
+class Crew:
+    """Starts workers, listens to them and reaps them. Everything that happens goes to `on_event`, in order."""
+
+    def __init__(self, loop: Loop, log: MasterLog, on_event: Callable[[Event], None]) -> None:
+        self._loop = loop
+        self._log = log
+        self._on_event = on_event
+        self._processes: dict[int, WorkerProcess] = {}
+        self._closed_deadlines: dict[int, float] = {}
+        self._counters = CounterPage()
+
+    # --- questions --------------------------------------------------------------------------------------------------
+
+    def get(self, worker: int) -> WorkerProcess | None:
+        return self._processes.get(worker)
+
+    def __iter__(self) -> Iterator[WorkerProcess]:
+        return iter(list(self._processes.values()))
+
+    def pids(self) -> frozenset[int]:
+        return frozenset(process.pid for process in self._processes.values())
+
+    def counters(self, process: WorkerProcess) -> tuple[int, ...]:
+        return self._counters.read(process.boot.counters_row)
+
+    def next_deadline(self) -> float | None:
+        return min(self._closed_deadlines.values(), default=None)
+
+    # --- starting ---------------------------------------------------------------------------------------------------
+
+    def spawn(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener]) -> None:
+        """Start a worker. Where no process can be had, that is told as an exit."""
+        try:
+            process = self._start(action, pins, label, listeners)
+        except OSError as error:
+            self._on_event(WorkerExited(action.worker, f"could not be started: {error.strerror}"))
+            return
+        self._processes[action.worker] = process
+        self._loop.watch(process.channel, Order.CHANNEL, lambda: self._hear(process))
+        self._loop.watch(process.pidfd, Order.EXIT, lambda: self._ended(process))
+
+    def _start(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener]) -> WorkerProcess:
+        ours, theirs = channel_pair()
+        post_mortem = post_mortem_file()
+        environment = dict(pins.environment)
+        environment |= {
+            "HANDOFF_NAME": pins.settings.name,
+            "HANDOFF_GENERATION": str(action.generation),
+            "HANDOFF_LABEL": label,
+            "HANDOFF_SLOT": str(action.slot),
+            CHANNEL_VARIABLE: str(theirs.fileno()),
+            POST_MORTEM_VARIABLE: str(post_mortem),
+        }
+        title = f"{pins.settings.name}:{action.generation}:{action.slot}"
+        inherited = [listener.socket.fileno() for listener in listeners.values()]
+        command = Command(
+            pins.python,
+            # -P: what lies in the working directory must not stand in for a module of ours.
+            [pins.python, "-P", "-m", "handoff.worker", title],
+            pins.directory,
+            environment,
+            theirs.fileno(),
+            [*inherited, self._counters.fd, post_mortem],
+        )
+        try:
+            pid, pidfd = spawn(command)
+        except OSError:
+            ours.close()
+            os.close(post_mortem)
+            raise
+        finally:
+            theirs.close()
+        boot = self._boot(action, pins, label, listeners)
+        return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem)
+
+    def _boot(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener]) -> Boot:
+        return Boot(
+            generation=action.generation,
+            label=label,
+            slot=action.slot,
+            worker=action.worker,
+            settings=pins.settings,
+            listeners=tuple(
+                ListenerInfo(listener.name, listener.address, listener.socket.fileno())
+                for listener in listeners.values()
+            ),
+            counters_fd=self._counters.fd,
+            counters_row=self._counters.take_row(),
+        )
+
+    # --- telling ----------------------------------------------------------------------------------------------------
+
+    def send(self, worker: int, message: Message) -> None:
+        process = self._processes.get(worker)
+        if process is None or not process.is_channel_open:
+            return
+        try:
+            process.channel.send(message)
+        except BlockingIOError:  # it does not read; its deadline ends it
+            self._log.warning("channel full; message dropped", worker=worker, pid=process.pid)
+        except OSError:
+            return  # it is gone; its exit is on the way
+
+    def signal(self, worker: int, which: Signal) -> None:
+        process = self._processes.get(worker)
+        if process is not None:
+            process.send_signal(which)
+
+    # --- hearing ----------------------------------------------------------------------------------------------------
+
+    def _hear(self, process: WorkerProcess) -> None:
+        """Everything the worker has said so far."""
+        while process.is_channel_open:
+            try:
+                message, fds = process.channel.receive()
+            except BlockingIOError:
+                return
+            except ChannelClosed:
+                self._close_channel(process)
+                self._closed_deadlines[process.worker] = time.monotonic() + CLOSED_CHANNEL_SECONDS
+                return
+            except (ChannelBroken, OSError) as error:
+                self._close_channel(process)
+                self._on_event(WorkerBroke(process.worker, str(error)))
+                return
+            for fd in fds:
+                os.close(fd)  # no message of this protocol carries any yet
+            if isinstance(message, Hello):
+                self._greet(process, message)
+            else:
+                self._pass_on(process, message)
+
+    def _greet(self, process: WorkerProcess, hello: Hello) -> None:
+        if hello.protocol not in SERVED_PROTOCOLS:
+            reason = (
+                f"worker of handoff {hello.release} speaks protocol {hello.protocol}, this master serves "
+                f"{', '.join(map(str, sorted(SERVED_PROTOCOLS)))}; run `handoff upgrade`"
+            )
+            self._on_event(FailedSaid(process.worker, reason))
+            return
+        self._on_event(HelloSaid(process.worker))
+        self.send(process.worker, process.boot)
+
+    def _pass_on(self, process: WorkerProcess, message: WorkerMessage) -> None:
+        match message:
+            case Ready():
+                process.interface = message.interface
+                for name in message.unserved:
+                    self._log.warning("listener is not served by the application", listener=name)
+                self._on_event(ReadySaid(process.worker))
+            case Progress():
+                self._on_event(ProgressSaid(process.worker, message.step))
+            case Opened():
+                self._on_event(OpenedSaid(process.worker))
+            case Leaving():
+                self._on_event(LeavingSaid(process.worker, message.reason))
+            case Failed():
+                self._on_event(FailedSaid(process.worker, message.reason, message.traceback))
+            case Holds():
+                process.holds = message
+            case Hello():
+                raise AssertionError("greeted elsewhere")
+
+    def _close_channel(self, process: WorkerProcess) -> None:
+        if process.is_channel_open:
+            process.is_channel_open = False
+            self._loop.forget(process.channel)
+
+    def check_closed_channels(self, now: float) -> None:
+        for worker, deadline in list(self._closed_deadlines.items()):
+            if deadline <= now:
+                del self._closed_deadlines[worker]
+                self._on_event(WorkerBroke(worker, "it closed its channel and lives on"))
+
+    # --- ending -----------------------------------------------------------------------------------------------------
+
+    def _ended(self, process: WorkerProcess) -> None:
+        how = process.reap()
+        self._hear(process)  # its last words come before its exit
+        self._close_channel(process)
+        self._closed_deadlines.pop(process.worker, None)
+        self._loop.forget(process.pidfd)
+        post_mortem = process.post_mortem()
+        process.close()
+        self._counters.give_back(process.boot.counters_row)
+        del self._processes[process.worker]
+        self._on_event(WorkerExited(process.worker, how, post_mortem))

@@ -1,0 +1,83 @@
+"""Preparing a generation: paths resolved, settings read, listeners bound, before anything old is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from handoff.config import ServiceOptions, load_service_options
+from handoff.core.generation import Timings
+from handoff.errors import HandoffError, UsageError
+from handoff.inherited import InheritedSocket, effective_binds
+from handoff.listeners import Listener, ListenerSet
+from handoff.resolve import resolve, service_changes
+from handoff.settings import Launch, Pins, Settings
+
+
+@dataclass(slots=True, frozen=True)
+class PreparedGeneration:
+    """What a generation is pinned to. The listeners are the set's; this borrows them."""
+
+    generation: int
+    label: str
+    pins: Pins
+    listeners: Mapping[str, Listener]
+
+    @property
+    def timings(self) -> Timings:
+        settings = self.pins.settings
+        return Timings(
+            workers=settings.workers,
+            surge=settings.surge,
+            boot_timeout_seconds=settings.boot_timeout_seconds,
+            probation_seconds=settings.probation_seconds,
+            drain_timeout_seconds=settings.drain_timeout_seconds,
+            stop_timeout_seconds=settings.stop_timeout_seconds,
+            max_generations=settings.max_generations,
+        )
+
+
+class Preparer:
+    """Makes generations from what the operator typed, or from the pins of an earlier one. Borrows the listener set."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        options: ServiceOptions,
+        inherited: Sequence[InheritedSocket],
+        listeners: ListenerSet,
+    ) -> None:
+        self._launch = launch
+        self._options = options
+        self._inherited = inherited
+        self._listeners = listeners
+        self._first_settings: Settings | None = None
+        listeners.adopt_inherited(inherited)
+
+    def prepare(self, generation: int, source: PreparedGeneration | None, label: str | None) -> PreparedGeneration:
+        """Raises HandoffError, with everything as it was before."""
+        pins = self._fresh_pins() if source is None else _checked(source.pins)
+        if label is None:
+            label = pins.settings.label if source is None else source.label
+        binds = effective_binds(pins.settings.binds, self._inherited, pins.directory)
+        listeners = self._listeners.acquire(generation, binds, pins.settings.backlog)
+        return PreparedGeneration(generation, label, pins, listeners)
+
+    def _fresh_pins(self) -> Pins:
+        pins = resolve(self._launch)
+        if self._first_settings is None:
+            self._first_settings = pins.settings
+        options = load_service_options(self._launch, pins.directory)
+        changes = service_changes(self._first_settings, self._options, pins.settings, options, self._launch.config)
+        if changes:
+            raise UsageError(changes[0])
+        return pins
+
+
+def _checked(pins: Pins) -> Pins:
+    if not os.path.isdir(pins.directory):
+        raise HandoffError(f"directory {pins.directory}: is gone, so there is nothing to roll back to; reload instead")
+    if not os.access(pins.python, os.X_OK):
+        raise HandoffError(f"python {pins.python}: is gone, so there is nothing to roll back to; reload instead")
+    return pins

@@ -1,0 +1,59 @@
+"""The master's loop: one thread, one selector, and a fixed order inside a turn."""
+
+from __future__ import annotations
+
+import enum
+import selectors
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+
+class Order(enum.IntEnum):
+    """What is looked at first in a turn: a worker's last message must be read before its exit is handled."""
+
+    CHANNEL = 0
+    EXIT = 1
+    CONTROL = 2
+    SIGNAL = 3
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+class _Watch(NamedTuple):
+    order: Order
+    callback: Callable[[], None]
+
+
+class Loop:
+    """Callbacks for readable (and, for control peers, writable) files. Borrows the files."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def watch(self, file: HasFileno | int, order: Order, callback: Callable[[], None], writable: bool = False) -> None:
+        """Call back when `file` is readable, or with `writable` when it is readable or writable. Replaces a watch."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
+        watch = _Watch(order, callback)
+        fd = file if isinstance(file, int) else file.fileno()
+        if fd in self._selector.get_map():
+            self._selector.modify(fd, events, watch)
+        else:
+            self._selector.register(fd, events, watch)
+
+    def forget(self, file: HasFileno | int) -> None:
+        """Must come before the file is closed: a moved or closed fd would stay in epoll as a ghost."""
+        self._selector.unregister(file if isinstance(file, int) else file.fileno())
+
+    def turn(self, timeout_seconds: float | None) -> None:
+        """Wait for something, at most so long, and call back in order."""
+        ready = [key for key, _ in self._selector.select(timeout_seconds)]
+        for key in sorted(ready, key=lambda key: key.data.order):
+            # A callback before this one may have forgotten the file, and its number may be in use again.
+            now = self._selector.get_map().get(key.fd)
+            if now is not None and now.data is key.data:
+                key.data.callback()
+
+    def close(self) -> None:
+        self._selector.close()

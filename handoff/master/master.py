@@ -1,0 +1,275 @@
+"""The master: carries out what the supervisor decides, and tells it what happened. It decides nothing itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import assert_never
+
+from handoff.config import ServiceOptions
+from handoff.core import control, messages
+from handoff.core.supervisor import Supervisor
+from handoff.core.vocabulary import (
+    Action,
+    Committed,
+    Drain,
+    Event,
+    Exit,
+    Forget,
+    GenerationStopRequested,
+    LogTransition,
+    LogWarning,
+    Open,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    ReloadRequested,
+    ScaleRequested,
+    SendSignal,
+    Spawn,
+    StopRequested,
+    Tick,
+    Verdict,
+)
+from handoff.errors import HandoffError
+from handoff.inherited import InheritedSocket
+from handoff.listeners import ListenerSet
+from handoff.master.control import ControlServer
+from handoff.master.crew import Crew
+from handoff.master.generations import PreparedGeneration, Preparer
+from handoff.master.log import MasterLog
+from handoff.master.loop import Loop, Order
+from handoff.master.processes import reap_strangers
+from handoff.master.signals import SignalSocket
+from handoff.master.status import StatusDesk
+from handoff.pid_file import PidFile
+from handoff.settings import Launch
+
+_SIGNAL_EVENTS: dict[signal.Signals, Event] = {
+    signal.SIGHUP: ReloadRequested(),
+    signal.SIGINT: StopRequested(),
+    signal.SIGTERM: StopRequested(),
+    signal.SIGQUIT: StopRequested(is_now=True),
+    signal.SIGTTIN: ScaleRequested(change=1),
+    signal.SIGTTOU: ScaleRequested(change=-1),
+}
+
+
+def serve(
+    launch: Launch,
+    options: ServiceOptions,
+    inherited: Sequence[InheritedSocket],
+    control_socket: Path,
+    group_id: int | None,
+) -> tuple[Exit, str]:
+    """Be the master until the service has ended. Returns how, and the traceback of a first boot that failed.
+
+    The caller holds the lock of the service. Raises HandoffError when it cannot even begin: everything is bound
+    before any worker is started, and nothing is left behind.
+    """
+    with ExitStack() as stack:
+        listeners = ListenerSet()
+        stack.callback(listeners.close_all)
+        preparer = Preparer(launch, options, inherited, listeners)
+        first = preparer.prepare(1, None, None)
+        if options.pidfile:
+            pid_file = PidFile(options.pidfile)
+            pid_file.create()
+            stack.callback(pid_file.close)
+        log = MasterLog(first.pins.settings.log_format)
+        stack.callback(log.close)
+        loop = Loop()
+        stack.callback(loop.close)
+        signals = SignalSocket()
+        stack.callback(signals.close)
+        master = Master(preparer, first, listeners, log, loop, signals)
+        server = ControlServer(control_socket, group_id, loop, log, master.requested)
+        stack.callback(server.close)
+        return master.run(server)
+
+
+class Master:
+    """One service. Borrows all that it is given."""
+
+    def __init__(
+        self,
+        preparer: Preparer,
+        first: PreparedGeneration,
+        listeners: ListenerSet,
+        log: MasterLog,
+        loop: Loop,
+        signals: SignalSocket,
+    ) -> None:
+        self._preparer = preparer
+        self._first: PreparedGeneration | None = first
+        self._name = first.pins.settings.name
+        self._listeners = listeners
+        self._log = log
+        self._loop = loop
+        self._signals = signals
+        self._supervisor = Supervisor()
+        self._events: deque[Event] = deque()
+        self._crew = Crew(loop, log, self._events.append)
+        self._generations: dict[int, PreparedGeneration] = {}
+        """All that are not gone, and the one that a rollback goes back to."""
+        self._exit: Exit | None = None
+
+    def run(self, server: ControlServer) -> tuple[Exit, str]:
+        """Serve. Returns how it ended, and the traceback of a first boot that failed."""
+        self._server = server
+        self._status = StatusDesk(
+            self._name, self._supervisor, self._crew, self._listeners, self._generations, self._log, server.answer
+        )
+        self._loop.watch(self._signals, Order.SIGNAL, self._signalled)
+        self._log.hold()
+        self._events.append(ReloadRequested())
+        self._handle_events()
+        while self._exit is None:
+            self._loop.turn(self._timeout_seconds())
+            now = time.monotonic()
+            self._crew.check_closed_channels(now)
+            self._events.append(Tick())
+            self._handle_events()
+            self._status.check(now)
+        self._log.release()
+        verdict = self._supervisor.last_verdict
+        return self._exit, verdict.traceback if verdict is not None else ""
+
+    def _timeout_seconds(self) -> float | None:
+        deadlines = (self._supervisor.next_deadline(), self._crew.next_deadline(), self._status.next_deadline())
+        earliest = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        return None if earliest is None else max(0.0, earliest - time.monotonic())
+
+    # --- what happened ----------------------------------------------------------------------------------------------
+
+    def _handle_events(self) -> None:
+        while self._events:
+            for action in self._supervisor.handle(self._events.popleft(), time.monotonic()):
+                self._act(action)
+
+    def _signalled(self) -> None:
+        for number in self._signals.read():
+            if number is signal.SIGCHLD:
+                if os.getpid() == 1:
+                    reap_strangers(self._crew.pids())
+                continue
+            self._log.info("signal", signal=number.name)
+            self._events.append(_SIGNAL_EVENTS[number])
+
+    def requested(self, number: int, request: control.AnyRequest) -> None:
+        """A request of a control peer."""
+        match request:
+            case control.Status():
+                self._status.request(number, request.drain, time.monotonic())
+            case control.Reload():
+                self._reload(number, request.wait, ReloadRequested(number, request.label))
+            case control.Rollback():
+                self._reload(number, request.wait, ReloadRequested(number, None, is_rollback=True))
+            case control.Scale():
+                self._events.append(ScaleRequested(number, request.workers))
+            case control.Stop():
+                if request.generation is None:
+                    self._events.append(StopRequested(number, request.now))
+                else:
+                    self._events.append(GenerationStopRequested(request.generation, number, request.now))
+            case _:
+                assert_never(request)
+
+    def _reload(self, number: int, is_waiting: bool, event: ReloadRequested) -> None:
+        if not is_waiting:
+            word = "rollback" if event.is_rollback else "reload"
+            self._server.answer(number, control.Answer(exit_code=0, message=f"{word} requested"))
+            event = ReloadRequested(None, event.label, event.is_rollback)
+        self._events.append(event)
+
+    # --- what is to be done -----------------------------------------------------------------------------------------
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Prepare():
+                self._prepare(action)
+            case Spawn():
+                prepared = self._generations[action.generation]
+                self._crew.spawn(action, prepared.pins, prepared.label, prepared.listeners)
+            case Open():
+                self._crew.send(action.worker, messages.Open())
+            case Drain():
+                self._crew.send(action.worker, messages.Drain(seconds=action.seconds))
+            case SendSignal():
+                self._crew.signal(action.worker, action.signal)
+            case Committed():
+                self._committed(action)
+            case Forget():
+                self._listeners.release(action.generation)
+                if action.generation != self._supervisor.previous:
+                    self._generations.pop(action.generation, None)
+            case Verdict():
+                self._verdict(action)
+            case LogTransition():
+                self._log_transition(action)
+            case LogWarning():
+                self._log.warning(action.message)
+            case Exit():
+                self._exit = action
+            case _:
+                assert_never(action)
+
+    def _prepare(self, action: Prepare) -> None:
+        try:
+            if self._first is not None:
+                prepared, self._first = self._first, None
+            else:
+                source = self._generations[action.source] if action.source is not None else None
+                prepared = self._preparer.prepare(action.generation, source, action.label)
+        except HandoffError as error:
+            self._events.append(PrepareFailed(action.generation, error.message, error.exit_code))
+            return
+        self._generations[action.generation] = prepared
+        self._events.append(Prepared(action.generation, prepared.timings, prepared.label))
+
+    def _committed(self, action: Committed) -> None:
+        keep = {action.generation, action.previous, *self._supervisor.fleet.generations}
+        for number in [number for number in self._generations if number not in keep]:
+            del self._generations[number]
+        if action.previous is None:
+            self._log.release()
+            for name in self._listeners.close_unclaimed():
+                self._log.warning("an inherited socket that no bind names was closed", listener=name)
+        addresses = ", ".join(self._listeners.addresses(action.generation).values())
+        pins = self._generations[action.generation].pins
+        self._log.info("serving", name=self._name, app=pins.settings.app, addresses=addresses, directory=pins.directory)
+
+    def _verdict(self, verdict: Verdict) -> None:
+        answer = control.Answer(
+            exit_code=verdict.exit_code,
+            message=verdict.message,
+            generation=verdict.generation,
+            traceback=verdict.traceback,
+            seconds=verdict.seconds,
+        )
+        for request in verdict.requests:
+            self._server.answer(request, answer)
+        if verdict.is_reload and verdict.seconds:
+            if self._supervisor.live is None and not verdict.traceback:
+                self._log.discard()  # the command prints the one line that says it all
+            else:
+                self._log.release()
+            level = "info" if verdict.exit_code == 0 else "warning"
+            self._log.line(level, f"verdict: {verdict.message}", {"seconds": round(verdict.seconds, 3)})
+
+    def _log_transition(self, action: LogTransition) -> None:
+        process = self._crew.get(action.worker) if action.worker is not None else None
+        fields: dict[str, object] = {"generation": action.generation}
+        if action.worker is not None:
+            fields |= {"worker": action.worker, "slot": action.slot}
+        if process is not None:
+            fields["pid"] = process.pid
+        fields |= {"from": action.came_from.replace(" ", "-"), "to": action.to.replace(" ", "-")}
+        if action.reason:
+            fields["reason"] = action.reason
+        self._log.line("info", action.event, fields)

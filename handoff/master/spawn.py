@@ -1,0 +1,72 @@
+"""Starting a worker: fork and exec, so that every generation loads new code in a fresh interpreter."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
+
+import msgspec
+
+from handoff.core.messages import Failed
+
+CHANNEL_VARIABLE = "HANDOFF_CHANNEL"
+POST_MORTEM_VARIABLE = "HANDOFF_POST_MORTEM"
+_EXEC_FAILED = 127
+
+
+class Command(NamedTuple):
+    """What to execute, where, with what, and which fds (under their own numbers) it inherits."""
+
+    executable: str
+    arguments: Sequence[str]
+    directory: str
+    environment: Mapping[str, str]
+    channel_fd: int
+    inherited_fds: Sequence[int]
+
+
+def spawn(command: Command) -> tuple[int, int]:
+    """Start the command in a process group of its own. Returns its pid and a pidfd, which the caller owns.
+
+    Never waits: a failure to execute reaches the master over the channel, as any other failed boot.
+    Raises OSError when there can be no new process.
+    """
+    # A signal between fork and exec would run our handler in the child and write into our wakeup socket.
+    mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become(command)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid, os.pidfd_open(pid)
+
+
+def _become(command: Command) -> NoReturn:
+    """In the child: nothing here may return, or raise to the master's code."""
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            if number not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.setpgid(0, 0)  # Ctrl-C and systemd signal the master's group; a worker's end is the master's decision
+        os.chdir(command.directory)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        for fd in (command.channel_fd, *command.inherited_fds):
+            os.set_inheritable(fd, True)
+        os.execve(command.executable, list(command.arguments), dict(command.environment))
+    except BaseException as error:
+        _report(command, error)
+    finally:
+        os._exit(_EXEC_FAILED)
+
+
+def _report(command: Command, error: BaseException) -> None:
+    reason = error.strerror if isinstance(error, OSError) else repr(error)
+    subject = getattr(error, "filename", None) or command.executable
+    message = Failed(reason=f"cannot start {subject}: {reason}")
+    os.write(command.channel_fd, msgspec.json.encode(message))

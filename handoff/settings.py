@@ -1,0 +1,79 @@
+"""What a service was asked to be: the settings, and the paths as the operator typed them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Interface = Literal["auto", "asgi", "wsgi", "handoff"]
+Loop = Literal["uvloop", "asyncio"]
+LogFormat = Literal["text", "json"]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One generation's settings, merged and checked. Durations are in seconds.
+
+    Travels to the worker as JSON, so every field is plain data.
+    """
+
+    app: str
+    factory: bool = False
+    binds: tuple[str, ...] = ()
+    """Addresses as typed, `[NAME=]ADDR`; empty means the default, or the sockets that were inherited."""
+    backlog: int = 2048
+    workers: int = 1
+    threads: int = 10
+    interface: Interface = "auto"
+    loop: Loop = "uvloop"
+    name: str
+    label: str = ""
+    check: str | None = None
+    check_timeout_seconds: float = 5.0
+    warm_up: tuple[str, ...] = ()
+    boot_timeout_seconds: float = 30.0
+    probation_seconds: float = 1.0
+    surge: int | None = None
+    """How many workers a reload replaces at first and then at a time; None means all at once."""
+    drain_timeout_seconds: float = 30.0
+    stop_timeout_seconds: float = 30.0
+    max_generations: int = 3
+    keep_alive_seconds: float = 75.0
+    request_timeout_seconds: float | None = None
+    limit_concurrency: int | None = None
+    forwarded_allow_ips: str | None = None
+    root_path: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    access_log: bool = True
+    log_format: LogFormat = "text"
+    log_config: str | None = None
+    generation_header: bool = False
+    uvicorn: dict[str, Any] = {}
+    """Other settings of uvicorn, from the table `[uvicorn]`, passed through as they are."""
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator typed at `handoff run`; every reload starts again from this.
+
+    Paths are absolute, but their symlinks are not resolved: a release directory behind a switched link is
+    resolved afresh for each generation.
+    """
+
+    overrides: dict[str, Any]
+    """Settings given on the command line, under the names of the fields of `Settings`."""
+    directory: str
+    python: str
+    config: str | None
+    """The file given with `--config`; None means `handoff.toml` in the directory, if there is one."""
+    env_file: str | None
+    environment: dict[str, str]
+    """The environment `handoff run` was started with, less LISTEN_*, NOTIFY_SOCKET and HANDOFF_*."""
+
+
+class Pins(msgspec.Struct, frozen=True, kw_only=True):
+    """What one generation is pinned to, for as long as it lives and for a rollback to it."""
+
+    directory: str
+    python: str
+    environment: dict[str, str]
+    settings: Settings

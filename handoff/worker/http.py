@@ -1,0 +1,268 @@
+"""Serving an ASGI application: start-up, warm-up and check, accepting after the commit, and the drain."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import inspect
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from email.utils import formatdate
+from typing import Any, cast
+
+from uvicorn.config import Config
+from uvicorn.lifespan.off import LifespanOff
+from uvicorn.lifespan.on import LifespanOn
+
+from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
+from handoff.settings import Settings
+from handoff.worker.check import request_self
+from handoff.worker.link import Link
+from handoff.worker.load import BootFailure
+from handoff.worker.logs import log_config
+from handoff.worker.protocol import HTTPProtocol, WebSocketProtocol
+from handoff.worker.state import WorkerServerState
+from handoff.worker.timeout import RequestTimeout
+
+LINGER_SECONDS = 2.0
+"""How long an idle kept-alive connection may still send a request after a drain began."""
+CUT_OFF_SECONDS = 0.5
+"""After the deadline: for the close frames of WebSockets and the cancelled tasks."""
+_TICK_SECONDS = 0.5
+
+Application = Callable[..., Any]
+
+
+class HTTPService:
+    """One worker's HTTP service on the running event loop. Borrows the link and the listeners."""
+
+    def __init__(
+        self,
+        application: Application,
+        boot: Boot,
+        interface: str,
+        link: Link,
+        listeners: Mapping[str, socket.socket],
+        counters: memoryview,
+    ) -> None:
+        self._settings = boot.settings
+        self._interface = interface
+        self._link = link
+        self._listeners = listeners
+        self._config = uvicorn_config(application, boot, interface)
+        self._state = WorkerServerState(counters)
+        self._changed = asyncio.Event()
+        self._servers: list[asyncio.Server] = []
+
+    async def run(self) -> None:
+        """Returns when the drain has ended. Raises BootFailure."""
+        loop = asyncio.get_running_loop()
+        self._link.on_change = self._changed.set
+        self._link.on_report = self._report
+        loop.add_reader(self._link.fileno(), self._link.read)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminated, number)
+        self._lifespan = self._config.lifespan_class(self._config)
+        await self._unless_drained(self._start())
+        await self._until(lambda: self._link.is_open or self._link.is_draining)
+        if not self._link.is_draining:
+            await self._open()
+            await self._until(lambda: self._link.is_draining)
+        await self._drain()
+        await self._lifespan.shutdown()
+
+    # --- starting ---------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        self._link.send(Progress(step="running the application's lifespan start-up"))
+        await self._start_lifespan()
+        self._tick()
+        for path in self._settings.warm_up:
+            self._link.send(Progress(step=f"warming up with {path}"))
+            await request_self(self._protocol, path, "warm-up", self._settings.check_timeout_seconds)
+        if self._settings.check is not None:
+            self._link.send(Progress(step=f"checking {self._settings.check}"))
+            await request_self(self._protocol, self._settings.check, "check", self._settings.check_timeout_seconds)
+        self._state.total_requests = 0
+        self._link.send(Ready(interface=self._interface))
+
+    async def _start_lifespan(self) -> None:
+        errors = _ErrorCollector()
+        logger = logging.getLogger("uvicorn.error")
+        level = logger.level
+        logger.addHandler(errors)
+        logger.setLevel(logging.WARNING)  # its steps are in the master's log
+        try:
+            await self._lifespan.startup()
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(errors)
+        if self._lifespan.should_exit:
+            reason, trace = errors.summary()
+            raise BootFailure(f"the application's lifespan start-up failed: {reason}", trace)
+
+    async def _unless_drained(self, work: Any) -> None:
+        """Do the work, but give it up when the generation is dropped meanwhile."""
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            waiter = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+            waiter.cancel()
+            self._changed.clear()
+            if self._link.is_draining and not task.done():
+                raise SystemExit(0)
+        task.result()
+
+    def _protocol(self) -> HTTPProtocol:
+        return HTTPProtocol(self._config, self._state, self._lifespan.state)
+
+    # --- serving ----------------------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners.values():
+            server = await loop.create_server(
+                self._protocol, sock=listener, ssl=self._config.ssl, backlog=self._settings.backlog
+            )
+            self._servers.append(server)
+        self._link.send(Opened())
+
+    def _tick(self) -> None:
+        """The Date header, the counters, and the limit of requests: twice a second."""
+        date = [(b"date", formatdate(time.time(), usegmt=True).encode())] if self._config.date_header else []
+        self._state.default_headers = date + self._config.encoded_headers
+        self._state.publish()
+        limit = self._config.limit_max_requests
+        if limit is not None and self._state.total_requests >= limit:
+            self._link.leave(f"served {limit} requests", self._settings.drain_timeout_seconds)
+        asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+            self._changed.clear()
+
+    def _terminated(self, number: signal.Signals) -> None:
+        """The first TERM drains; one during a drain ends the worker at once."""
+        if self._link.is_draining:
+            raise SystemExit(0)
+        self._link.leave(f"the worker was sent {number.name}", self._settings.drain_timeout_seconds)
+
+    # --- draining ---------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        state = self._state
+        remaining = self._remaining()
+        state.is_draining = True
+        state.linger_seconds = min(LINGER_SECONDS, remaining)
+        for server in self._servers:
+            server.close()
+        for connection in list(state.connections):
+            _ours(connection).begin_drain()
+        await self._until_idle()
+        if state.connections or state.tasks:
+            await self._cut_off()
+
+    def _remaining(self) -> float:
+        deadline = self._link.drain_deadline
+        assert deadline is not None
+        return max(0.0, deadline - time.monotonic())
+
+    async def _until_idle(self) -> None:
+        """Until no connection and no task is left, or the deadline, which a later message may bring nearer."""
+        while (self._state.connections or self._state.tasks) and self._remaining() > 0:
+            self._state.emptied.clear()
+            self._changed.clear()
+            waiters: set[asyncio.Future[Any]] = {asyncio.ensure_future(self._changed.wait())}
+            if self._state.connections:
+                waiters.add(asyncio.ensure_future(self._state.emptied.wait()))
+            else:
+                waiters.add(asyncio.ensure_future(asyncio.wait(set(self._state.tasks))))
+            await asyncio.wait(waiters, timeout=self._remaining(), return_when=asyncio.FIRST_COMPLETED)
+            for waiter in waiters:
+                waiter.cancel()
+
+    async def _cut_off(self) -> None:
+        for connection in list(self._state.connections):
+            _ours(connection).cut_off()
+        tasks = set(self._state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CUT_OFF_SECONDS)
+
+    def _report(self, request: int) -> Holds:
+        now = asyncio.get_running_loop().time()
+        holds = [hold for connection in self._state.connections if (hold := _ours(connection).hold(now)) is not None]
+        idle_tasks = len(self._state.tasks) - sum(hold.kind in ("request", "websocket") for hold in holds)
+        holds += [Hold("task", "", "runs on after its response", 0.0)] * max(0, idle_tasks)
+        holds.sort(key=lambda hold: -hold.age_seconds)
+        return Holds(request=request, total=len(holds), holds=tuple(holds[:MAXIMUM_HOLDS]))
+
+
+class _ErrorCollector(logging.Handler):
+    """Keeps what uvicorn's lifespan logs as errors: the reason of a failed start-up is nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().strip()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        self._messages.append(text)
+
+    def summary(self) -> tuple[str, str]:
+        """(the last line of the first message, all of it)."""
+        trace = self._messages[0] if self._messages else ""
+        lines = [line for line in trace.splitlines() if line.strip()]
+        return (lines[-1].strip() if lines else "no reason given"), cut(trace if len(lines) > 1 else "")
+
+
+def _ours(connection: object) -> HTTPProtocol | WebSocketProtocol:
+    return cast("HTTPProtocol | WebSocketProtocol", connection)
+
+
+def uvicorn_config(application: Application, boot: Boot, interface: str) -> Config:
+    """uvicorn's configuration, loaded. Raises BootFailure for settings that uvicorn does not take."""
+    settings = boot.settings
+    _check_passed_through(settings)
+    if settings.request_timeout_seconds is not None:
+        application = RequestTimeout(application, settings.request_timeout_seconds)
+    headers = list(settings.headers)
+    if settings.generation_header:
+        headers.append(("handoff-generation", str(boot.generation)))
+    try:
+        config = Config(
+            application,
+            **settings.uvicorn,
+            http=HTTPProtocol,
+            ws="none" if interface == "wsgi" else WebSocketProtocol,
+            interface="asgi3" if interface == "wsgi" or settings.request_timeout_seconds is not None else "auto",
+            log_config=log_config(boot),
+            access_log=settings.access_log,
+            forwarded_allow_ips=settings.forwarded_allow_ips,
+            root_path=settings.root_path,
+            limit_concurrency=settings.limit_concurrency,
+            backlog=settings.backlog,
+            timeout_keep_alive=cast("int", settings.keep_alive_seconds),
+            headers=headers,
+        )
+        config.load()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise BootFailure(f"uvicorn does not take these settings: {error}") from None
+    assert config.lifespan_class in (LifespanOn, LifespanOff)
+    return config
+
+
+def _check_passed_through(settings: Settings) -> None:
+    known = list(inspect.signature(Config.__init__).parameters)
+    for key in settings.uvicorn:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BootFailure(f"[uvicorn]: uvicorn has no setting {key}{hint}")

@@ -1,0 +1,32 @@
+"""What all connections of one worker share: uvicorn's server state, and whether a drain is on."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.server import ServerState
+
+from handoff.counters import CONNECTIONS, REQUESTS
+
+
+class WorkerServerState(ServerState):
+    """One writer, the event loop's thread. `counters` is this worker's row of the shared page."""
+
+    def __init__(self, counters: memoryview) -> None:
+        super().__init__()
+        self.counters = counters
+        self.is_draining = False
+        self.linger_seconds = 0.0
+        self.emptied = asyncio.Event()
+        """Set, while draining, whenever the last connection has gone."""
+
+    def connection_made(self) -> None:
+        self.counters[CONNECTIONS] += 1
+
+    def connection_lost(self) -> None:
+        self.counters[CONNECTIONS] -= 1
+        if self.is_draining and not self.connections:
+            self.emptied.set()
+
+    def publish(self) -> None:
+        self.counters[REQUESTS] = self.total_requests
