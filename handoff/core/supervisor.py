@@ -38,7 +38,7 @@ from handoff.core.vocabulary import (
     WorkerBroke,
     WorkerExited,
 )
-from handoff.core.worker import WorkerEvent, WorkerRecord, WorkerState
+from handoff.core.worker import MAY_HOLD_CONNECTIONS, WorkerEvent, WorkerRecord, WorkerState
 from handoff.errors import ExitCode
 
 MAXIMUM_WORKERS = 256
@@ -101,8 +101,8 @@ class Supervisor:
             case Prepared():
                 self._prepared(event, now)
             case PrepareFailed():
-                record = self.fleet.generations[event.generation]
-                if record.is_starting:  # a stop may have come in between
+                record = self.fleet.generations.get(event.generation)
+                if record is not None and record.is_starting:  # a stop may have come in between
                     self._fail(record, event.reason, now, exit_code=event.exit_code)
             case WorkerExited():
                 self._exited(event, now)
@@ -136,10 +136,12 @@ class Supervisor:
                     self.fleet.move(
                         worker, WorkerEvent.OPENED, deadline=now + STABLE_SECONDS if opening else worker.deadline
                     )
+                    worker.has_accepted |= opening
                 case LeavingSaid():
                     self._leaving(worker, event.reason, now)
                 case FailedSaid():
-                    worker.failure, worker.traceback = event.reason, event.traceback
+                    if worker.fills_slot:  # of one that is on its way out the first reason counts
+                        worker.failure, worker.traceback = event.reason, event.traceback
                     self.fleet.stop(worker, now, event.reason)
                 case WorkerBroke():
                     self._broke(worker, event.reason)
@@ -149,17 +151,23 @@ class Supervisor:
             self._broke(worker, str(error))
 
     def _broke(self, worker: WorkerRecord, reason: str) -> None:
-        worker.failure = worker.failure or f"worker {worker.worker} broke the protocol: {reason}"
-        self.fleet.actions.append(LogWarning(worker.failure))
+        text = f"worker {worker.worker} broke the protocol: {reason}"
+        if worker.fills_slot:
+            worker.failure = text
+        self.fleet.actions.append(LogWarning(text))
         self.fleet.kill(worker, reason)
 
     def _leaving(self, worker: WorkerRecord, reason: str, now: float) -> None:
-        if worker.state in (_W.ACCEPTING, _W.OPENING):
-            timings = self.fleet.generations[worker.generation].timings
-            assert timings is not None
-            self.fleet.drain(worker, timings.drain_timeout_seconds, now, reason)
-        elif worker.fills_slot:
-            worker.failure = f"left before it was live: {reason}"
+        if not worker.fills_slot:
+            return
+        record = self.fleet.generations[worker.generation]
+        assert record.timings is not None
+        if record.is_starting:
+            self._fail(record, f"worker {worker.worker} left before the commit: {reason}", now)
+        elif worker.state in MAY_HOLD_CONNECTIONS:
+            self.fleet.drain(worker, record.timings.drain_timeout_seconds, now, reason)
+        else:
+            worker.failure = f"worker {worker.worker} left before it accepted: {reason}"
             self.fleet.stop(worker, now, reason)
 
     def _exited(self, event: WorkerExited, now: float) -> None:
@@ -174,11 +182,11 @@ class Supervisor:
         traceback = worker.traceback or event.post_mortem
         if record.state is _G.ABORTING and not record.traceback:
             record.traceback = traceback
-        if not was_unexpected:
-            return
         if record.is_starting:
             self._fail(record, reason, now, traceback)
-        elif record.state is _G.LIVE:
+        elif record.state is _G.LIVE and was_unexpected:
+            if not worker.has_accepted:
+                self._fail_scale(f"scale: slot {worker.slot}: {reason}; it is tried again")
             respawn = record.respawns.setdefault(worker.slot, Respawn())
             was_open = respawn.is_breaker_open
             respawn.crashed(now)
@@ -203,15 +211,12 @@ class Supervisor:
 
     def _reload_requested(self, event: ReloadRequested, now: float) -> None:
         requests = [] if event.request is None else [event.request]
-        if self.is_stopping:
-            self._answer(requests, ExitCode.ABORTED, "the service is stopping")
+        if self.is_stopping or self.has_exited:
+            self._answer(requests, ExitCode.ABORTED, "aborted: the service is stopping")
             return
         starting = self.fleet.starting()
         if event.is_rollback and starting is not None and self.live is not None:
-            self._drop_pending("superseded by a rollback")
-            reason = f"generation {starting.generation} was aborted by a rollback"
-            self._fail(starting, reason, now, exit_code=ExitCode.ABORTED)
-            self._answer(requests, ExitCode.DONE, f"{reason}; generation {self.live} stays live", self.live)
+            self._rollback_while_starting(starting, requests, now)
             return
         if event.is_rollback and self.previous is None:
             self._answer(requests, ExitCode.REFUSED, "rollback: there is no previous generation to go back to")
@@ -219,9 +224,21 @@ class Supervisor:
         pending = Pending(event.label, event.is_rollback, requests)
         if self._pending is not None and self._pending.is_rollback == event.is_rollback:
             pending.requests = self._pending.requests + requests  # one reload serves them all; the latest label wins
+            if event.label is None:  # a signal names no version
+                pending.label = self._pending.label
         else:
             self._drop_pending("superseded by a later request")
         self._pending = pending
+
+    def _rollback_while_starting(self, starting: GenerationRecord, requests: list[int], now: float) -> None:
+        """What starts is aborted, and that is the rollback; but a rollback that starts already serves this one too."""
+        self._drop_pending("superseded by a rollback")
+        if starting.is_rollback:
+            starting.requests.extend(requests)
+            return
+        reason = f"generation {starting.generation} was aborted by a rollback"
+        self._fail(starting, reason, now, exit_code=ExitCode.ABORTED)
+        self._answer(requests, ExitCode.DONE, f"{reason}; generation {self.live} stays live", self.live)
 
     def _drop_pending(self, reason: str) -> None:
         if self._pending is not None:
@@ -246,8 +263,11 @@ class Supervisor:
         self._scale_requests = requests
 
     def _stop_requested(self, event: StopRequested, now: float) -> None:
-        if event.request is not None:
-            self._stop_requests.append(event.request)
+        requests = [] if event.request is None else [event.request]
+        if self.has_exited:
+            self._answer(requests, ExitCode.DONE, "stopped", is_reload=False)
+            return
+        self._stop_requests += requests
         is_now = event.is_now or self.is_stopping
         self.is_stopping = True
         if self._pending is not None:
@@ -283,31 +303,37 @@ class Supervisor:
     # --- a generation's start and failure ---------------------------------------------------------------------------
 
     def _prepared(self, event: Prepared, now: float) -> None:
-        record = self.fleet.generations[event.generation]
-        if not record.is_starting:
+        record = self.fleet.generations.get(event.generation)
+        if record is None or not record.is_starting:
             return  # a stop came in between
         record.timings, record.label = event.timings, event.label
         record.workers_wanted = self._workers_wanted(event.timings)
         self.fleet.move_generation(record, GenerationEvent.PREPARED)
         self._squeeze(event.timings.max_generations, now)
-        for slot in range(record.wave):
-            self.fleet.spawn(record, slot, now)
+        room = self._room(record)
+        if room < record.wave:
+            text = f"generation {record.generation}: the surge leaves room for {room} workers; waits for drains to end"
+            self.fleet.actions.append(LogWarning(text))
 
     def _workers_wanted(self, timings: Timings) -> int:
         """A scale holds over reloads until the configured number changes: an edit wins over a stale override."""
         if self._scale is not None and self._scale[1] == timings.workers:
             return self._scale[0]
-        if self._scale is not None:
-            text = f"workers: the configuration now says {timings.workers}; the scale to {self._scale[0]} is dropped"
-            self.fleet.actions.append(LogWarning(text))
-            self._scale = None
         return timings.workers
+
+    def _drop_stale_scale(self, timings: Timings) -> None:
+        """Only at the commit: a reload that is rolled back changes nothing."""
+        if self._scale is None or self._scale[1] == timings.workers:
+            return
+        text = f"workers: the configuration now says {timings.workers}; the scale to {self._scale[0]} is dropped"
+        self.fleet.actions.append(LogWarning(text))
+        requests, self._scale, self._scale_requests = self._scale_requests, None, []
+        self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
 
     def _squeeze(self, limit: int, now: float) -> None:
         """Live generations are capped: the oldest that drain end now."""
-        alive = [record for record in self.fleet.generations.values() if record.state is not _G.GONE]
-        draining = [record for record in alive if record.state is _G.DRAINING]
-        for record in draining[: max(0, len(alive) - limit)]:
+        leaving = self.fleet.in_state(_G.DRAINING, _G.ABORTING)
+        for record in leaving[: max(0, len(self.fleet.generations) - limit)]:
             for worker in self.fleet.workers_of(record.generation):
                 self.fleet.dismiss(worker, 0.0, now, f"more than {limit} generations")
 
@@ -368,10 +394,7 @@ class Supervisor:
             case _G.PREPARING | _G.GONE:
                 pass
             case _G.BOOTING:
-                if self.fleet.count(record.generation, _W.READY) >= record.wave:
-                    self.fleet.move_generation(record, GenerationEvent.ALL_READY)
-                    assert record.timings is not None
-                    record.deadline = now + record.timings.probation_seconds
+                self._boot(record, now)
             case _G.PROBATION:
                 if record.deadline is not None and record.deadline <= now:
                     self.fleet.move_generation(record, GenerationEvent.SURVIVED)
@@ -391,9 +414,22 @@ class Supervisor:
             case _:
                 assert_never(record.state)
 
+    def _boot(self, record: GenerationRecord, now: float) -> None:
+        assert record.timings is not None
+        spawned = len(self.fleet.workers_of(record.generation))  # an exit fails a generation that boots
+        for slot in range(spawned, min(record.wave, spawned + self._room(record))):
+            self.fleet.spawn(record, slot, now)
+        if self.fleet.count(record.generation, _W.READY) >= record.wave:
+            self.fleet.move_generation(record, GenerationEvent.ALL_READY)
+            record.deadline = now + record.timings.probation_seconds
+
     def _commit(self, record: GenerationRecord, now: float) -> None:
+        assert record.timings is not None
         self.fleet.move_generation(record, GenerationEvent.ALL_OPENED)
         record.committed_at = now
+        opened = record.wave
+        self._drop_stale_scale(record.timings)
+        record.workers_wanted = self._workers_wanted(record.timings)  # a scale may have come since it was prepared
         superseded = self._live()
         if superseded is not None:
             self.previous = superseded.generation
@@ -401,24 +437,38 @@ class Supervisor:
         self.live = record.generation
         self.fleet.actions.append(Committed(record.generation, self.previous))
         text = f"generation {record.generation} is live"
-        if record.wave < record.workers_wanted:
-            text += f" with {record.wave} of {record.workers_wanted} workers; the others follow"
+        if opened < record.workers_wanted:
+            text += f" with {opened} of {record.workers_wanted} workers; the others follow"
         self._give_verdict(record, ExitCode.DONE, text, now)
 
     def _populate(self, record: GenerationRecord, now: float) -> None:
         """Fill the slots that are missing, let in who is ready, and send away who is too many."""
-        assert record.timings is not None
+        self._send_away_surplus(record, now)
         for worker in self.fleet.workers_of(record.generation):
-            if worker.slot >= record.workers_wanted and worker.fills_slot:
-                self.fleet.dismiss(worker, record.timings.drain_timeout_seconds, now, "scaled down")
-            elif worker.state is _W.READY:
+            if worker.state is _W.READY:
                 self.fleet.open(worker, now)
         due = [slot for slot in self._missing_slots(record) if self._not_before(record, slot) <= now]
         for slot in due[: self._room(record)]:
             self.fleet.spawn(record, slot, now)
 
+    def _send_away_surplus(self, record: GenerationRecord, now: float) -> None:
+        """Highest slots first; one that accepts stays while the slots that are wanted do not all accept."""
+        assert record.timings is not None
+        accepting = self.fleet.count(record.generation, _W.ACCEPTING)
+        surplus = [
+            worker
+            for worker in self.fleet.workers_of(record.generation)
+            if worker.slot >= record.workers_wanted and worker.fills_slot
+        ]
+        for worker in sorted(surplus, key=lambda worker: -worker.slot):
+            if worker.state is _W.ACCEPTING:
+                if accepting <= record.workers_wanted:
+                    continue
+                accepting -= 1
+            self.fleet.dismiss(worker, record.timings.drain_timeout_seconds, now, "scaled down")
+
     def _missing_slots(self, record: GenerationRecord) -> list[int]:
-        filled = {worker.slot for worker in self.fleet.workers_of(record.generation) if worker.fills_slot}
+        filled = {worker.slot for worker in self.fleet.workers_of(record.generation) if worker.holds_slot}
         return [slot for slot in range(record.workers_wanted) if slot not in filled]
 
     def _not_before(self, record: GenerationRecord, slot: int) -> float:
@@ -427,29 +477,33 @@ class Supervisor:
 
     def _room(self, record: GenerationRecord) -> int:
         """How many workers may be added: while a surge goes on, only as many as keep memory from doubling."""
-        if not self._is_surging(record):
-            return MAXIMUM_WORKERS
         assert record.timings is not None
-        assert record.timings.surge is not None
-        return max(0, record.workers_wanted + record.timings.surge - len(self.fleet.workers))
-
-    def _is_surging(self, record: GenerationRecord) -> bool:
-        if record.timings is None or record.timings.surge is None:
-            return False
-        return any(self.fleet.workers_of(older.generation) for older in self.fleet.in_state(_G.RETIRING))
+        is_surging = record.is_starting or bool(self.fleet.in_state(_G.RETIRING))
+        if record.timings.surge is None or not is_surging:
+            return MAXIMUM_WORKERS
+        if self.fleet.starting() not in (None, record):
+            return 0  # what starts will replace this one too, so it goes first
+        live = self._live()
+        wanted = record.workers_wanted if live is None else max(record.workers_wanted, live.workers_wanted)
+        return max(0, wanted + record.timings.surge - len(self.fleet.workers))
 
     def _retire_older(self, live: GenerationRecord, now: float) -> None:
-        """Each new worker that accepts retires one old; without a surge all have gone over at once."""
+        """Each new worker that accepts retires one old; without a surge all have gone over at once.
+
+        Those that do not accept go at once: they would never be let in, and must not stand in for one that serves.
+        """
         older = [
             worker
             for record in self.fleet.in_state(_G.RETIRING)
             for worker in self.fleet.workers_of(record.generation)
             if worker.fills_slot
         ]
+        older.sort(key=lambda worker: worker.state is _W.ACCEPTING)
+        idle = sum(worker.state is not _W.ACCEPTING for worker in older)
         keep = 0
         if live.timings is not None and live.timings.surge is not None:
             keep = max(0, live.workers_wanted - self.fleet.count(live.generation, _W.ACCEPTING))
-        for worker in older[: max(0, len(older) - keep)]:
+        for worker in older[: max(idle, len(older) - keep)]:
             timings = self.fleet.generations[worker.generation].timings
             assert timings is not None
             self.fleet.dismiss(worker, timings.drain_timeout_seconds, now, f"generation {live.generation} is live")
@@ -471,8 +525,9 @@ class Supervisor:
         else:
             is_abort = record.exit_code == ExitCode.ABORTED
             code = ExitCode.ABORTED if is_abort else ExitCode.ROLLED_BACK
-            word = "aborted" if is_abort else "rolled back"
-            text = f"{word}: {record.failure}; generation {self.live} stays live"
+            text = f"{'aborted' if is_abort else 'rolled back'}: {record.failure}"
+            if not self.is_stopping:
+                text += f"; generation {self.live} stays live"
         self._give_verdict(record, code, text, now)
         if self.live is None:
             self._first_failure = self.last_verdict
@@ -480,6 +535,8 @@ class Supervisor:
     def _start_pending(self, now: float) -> None:
         if self._pending is None or self.is_stopping or self.fleet.starting() is not None:
             return
+        if self.live is None and self.fleet.generations:
+            return  # the first boot failed: the master ends
         if self._first_failure is not None:
             return
         pending, self._pending = self._pending, None
@@ -497,6 +554,10 @@ class Supervisor:
         if accepting == len(workers) == record.workers_wanted:
             requests, self._scale_requests = self._scale_requests, []
             self._answer(requests, ExitCode.DONE, f"{accepting} workers accept", record.generation, is_reload=False)
+
+    def _fail_scale(self, text: str) -> None:
+        requests, self._scale_requests = self._scale_requests, []
+        self._answer(requests, ExitCode.FAILED, text, is_reload=False)
 
     def _finish(self) -> None:
         if self.has_exited or self.fleet.workers or self.fleet.starting() is not None:

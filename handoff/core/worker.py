@@ -98,6 +98,7 @@ class WorkerRecord:
     step: str = "starting the interpreter"
     failure: str = ""
     traceback: str = ""
+    has_accepted: bool = False
 
     @property
     def is_alive(self) -> bool:
@@ -106,3 +107,8 @@ class WorkerRecord:
     @property
     def fills_slot(self) -> bool:
         return self.state in SERVES_OR_WILL
+
+    @property
+    def holds_slot(self) -> bool:
+        """It fills its slot, or failed in it: no replacement before the exit, where the crash is counted."""
+        return self.fills_slot or (bool(self.failure) and self.is_alive)

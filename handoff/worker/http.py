@@ -19,6 +19,7 @@ from uvicorn.lifespan.on import LifespanOn
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.settings import Settings
+from handoff.worker.accepting import stop_accepting
 from handoff.worker.check import request_self
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure
@@ -158,8 +159,7 @@ class HTTPService:
         remaining = self._remaining()
         state.is_draining = True
         state.linger_seconds = min(LINGER_SECONDS, remaining)
-        for server in self._servers:
-            server.close()
+        await stop_accepting(self._servers)
         for connection in list(state.connections):
             _ours(connection).begin_drain()
         await self._until_idle()

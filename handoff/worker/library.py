@@ -18,6 +18,7 @@ from typing import Any
 
 from handoff.core.messages import Boot, Opened, Ready
 from handoff.counters import CONNECTIONS
+from handoff.worker.accepting import stop_accepting
 from handoff.worker.context import Claims
 from handoff.worker.link import Link
 
@@ -171,8 +172,7 @@ class AsyncWorker(_Identity):
             for listener in sockets
         ]
         await self.drained()
-        for server in servers:
-            server.close()
+        await stop_accepting(servers)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.drain_seconds):
                 await self._until(lambda: not self._transports)

@@ -184,9 +184,7 @@ def test_a_relative_unix_path_is_made_absolute_and_its_length_checked_again() ->
 def test_a_name_or_an_address_that_is_there_twice_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
         check_binds([parse_bind("web=:80"), parse_bind("web=:81")])
-    assert caught.value.message == (
-        "bind web=0.0.0.0:81: name web is there twice; give each bind a name of its own"
-    )
+    assert caught.value.message == ("bind web=0.0.0.0:81: name web is there twice; give each bind a name of its own")
     with pytest.raises(UsageError) as caught:
         check_binds([parse_bind("a=:80"), parse_bind("b=0.0.0.0:80")])
     assert caught.value.message == "bind 0.0.0.0:80: is there twice; leave one out"
