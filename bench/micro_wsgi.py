@@ -69,6 +69,9 @@ class Server:
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        # Connections inherit it. A server that takes the listener for a unix socket does not set it, and then head
+        # and body, sent apart, meet Nagle and delayed acknowledgements: 6 requests/s instead of 6,000 were seen.
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
         fd = self._listener.fileno()
         command = [sys.executable, str(HERE), "--serve", name, "--fd", str(fd), "--threads", str(threads)]

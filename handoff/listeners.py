@@ -295,10 +295,26 @@ def _holder(host: str, port: int) -> str:
             if connection.status != psutil.CONN_LISTEN or not local or local.port != port or not connection.pid:
                 continue
             if host in _WILDCARDS or local.ip in {host.partition("%")[0], *_WILDCARDS}:
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+                holder = _eldest_holder(psutil.Process(connection.pid), port)
+                return f"{holder.name()} (pid {holder.pid})"
     except (psutil.Error, OSError, RuntimeError):
         return unknown  # /proc is hidden from us, or the holder went while we looked
     return unknown
+
+
+def _eldest_holder(holder: psutil.Process, port: int) -> psutil.Process:
+    """Workers have the listener from their master, and the master is whom to stop."""
+    while True:
+        parent = holder.parent()
+        if parent is None:
+            return holder
+        try:
+            connections = parent.net_connections(kind="tcp")
+        except psutil.Error:
+            return holder
+        if port not in {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}:
+            return holder
+        holder = parent
 
 
 # Unix

@@ -38,8 +38,8 @@ class Surge(click.ParamType[int | str]):
     name = "n|all"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "all" or isinstance(value, int):
-            return value
+        if value == "all":
+            return "all"
         if not str(value).isdecimal():
             raise click.UsageError(f'{_option_name(param)}: {value}: is neither a number of workers nor "all"')
         return int(value)

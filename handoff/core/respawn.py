@@ -14,7 +14,7 @@ STABLE_SECONDS = 10.0
 
 
 def delay_seconds(crashes: int) -> float:
-    """Seconds to wait after the given number of crashes in a row: 0, 0.1, 0.2, … 6.4, then the breaker's."""
+    """Seconds to wait after the given number of crashes in a row: 0, 0.1, 0.2, … 3.2, then the breaker's."""
     if crashes <= 1:
         return 0.0
     if crashes >= BREAKER_CRASHES:
@@ -36,7 +36,3 @@ class Respawn:
     def crashed(self, now: float) -> None:
         self.crashes += 1
         self.not_before = now + delay_seconds(self.crashes)
-
-    def stable(self) -> None:
-        self.crashes = 0
-        self.not_before = 0.0

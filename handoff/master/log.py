@@ -27,11 +27,14 @@ class MasterLog:
         self._format = format
         self._fd, self._own, self._socket = _open_without_blocking(fd)
         self._held: list[bytes] | None = None
+        self._is_muted = False
         self.dropped = 0
 
     # --- what is written --------------------------------------------------------------------------------------------
 
     def line(self, level: str, message: str, fields: Mapping[str, object] | None = None) -> None:
+        if self._is_muted:
+            return
         fields = fields or {}
         if self._format == "json":
             record = {"time": _now(), "level": level, "logger": "handoff", "message": message, **fields}
@@ -54,7 +57,7 @@ class MasterLog:
     # --- holding back -----------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Keep lines back until `release` or `discard`: an operator's mistake deserves one line, not twenty."""
+        """Keep lines back until `release` or `mute`: an operator's mistake deserves one line, not twenty."""
         self._held = []
 
     def release(self) -> None:
@@ -62,8 +65,9 @@ class MasterLog:
         for data in held:
             self._write(data)
 
-    def discard(self) -> None:
-        self._held = None
+    def mute(self) -> None:
+        """Throw away what was held back, and all that follows: the command itself says the one thing that matters."""
+        self._held, self._is_muted = None, True
 
     # --- writing ----------------------------------------------------------------------------------------------------
 

@@ -256,7 +256,7 @@ class Master:
             self._server.answer(request, answer)
         if verdict.is_reload and verdict.seconds:
             if self._supervisor.live is None and not verdict.traceback:
-                self._log.discard()  # the command prints the one line that says it all
+                self._log.mute()
             else:
                 self._log.release()
             level = "info" if verdict.exit_code == 0 else "warning"

@@ -97,7 +97,7 @@ class StatusDesk:
             previous=supervisor.previous,
             listeners=tuple(
                 control.ListenerStatus(name=name, address=address)
-                for name, address in self._listeners.addresses().items()
+                for name, address in self._listeners.addresses(supervisor.live).items()
             ),
             generations=tuple(self._generation(number, now) for number in supervisor.fleet.generations),
             last_verdict=self._last_verdict(),

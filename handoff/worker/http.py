@@ -61,7 +61,7 @@ class HTTPService:
     async def run(self) -> None:
         """Returns when the drain has ended. Raises BootFailure."""
         loop = asyncio.get_running_loop()
-        self._link.on_change = self._changed.set
+        self._link.on_change = self._link_changed
         self._link.on_report = self._report
         loop.add_reader(self._link.fileno(), self._link.read)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -74,6 +74,11 @@ class HTTPService:
             await self._until(lambda: self._link.is_draining)
         await self._drain()
         await self._lifespan.shutdown()
+
+    def _link_changed(self) -> None:
+        self._changed.set()
+        if self._link.is_orphan:  # the end of the channel stays readable for ever
+            asyncio.get_running_loop().remove_reader(self._link.fileno())
 
     # --- starting ---------------------------------------------------------------------------------------------------
 

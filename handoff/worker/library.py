@@ -135,10 +135,15 @@ class AsyncWorker(_Identity):
         self._changed = asyncio.Event()
         self._transports: set[asyncio.BaseTransport] = set()
         loop = asyncio.get_running_loop()
-        link.on_change = self._changed.set
+        link.on_change = self._link_changed
         loop.add_reader(link.fileno(), link.read)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._leave, number)
+
+    def _link_changed(self) -> None:
+        self._changed.set()
+        if self._link.is_orphan:  # the end of the channel stays readable for ever
+            asyncio.get_running_loop().remove_reader(self._link.fileno())
 
     async def ready(self) -> bool:
         """Say that everything works, and wait for the commit. True: accept from now on. False: return from `main`,

@@ -30,8 +30,6 @@ def foreign_holder() -> str:
 
 def _ports_of(pid: int) -> set[int]:
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        # psutil 6 renamed connections() to net_connections().
-        connections = getattr(process, "net_connections", None) or process.connections
-        return {one.laddr.port for one in connections(kind="tcp") if one.status == psutil.CONN_LISTEN}
+        connections = psutil.Process(pid).net_connections(kind="tcp")
+        return {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
     return set()

@@ -267,10 +267,10 @@ def test_pipelined_requests_are_answered_in_order(loop: str) -> None:
         return [environ["PATH_INFO"].encode()]
 
     with bridged(app, loop) as serving, serving.connect() as client:
-        client.sendall(b"".join(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(5)))
-        data = read_until(client, b"/4")
-        assert [data.index(b"/%d" % number) for number in range(5)] == sorted(
-            data.index(b"/%d" % number) for number in range(5)
+        client.sendall(b"".join(b"GET /p%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(5)))
+        data = read_until(client, b"/p4")
+        assert [data.index(b"/p%d" % number) for number in range(5)] == sorted(
+            data.index(b"/p%d" % number) for number in range(5)
         )
 
 
@@ -366,7 +366,7 @@ def test_reading_a_long_body_that_is_cut_off_raises_an_os_error(loop: str) -> No
     def app(environ: Any, start_response: Any) -> list[bytes]:
         started.set()
         try:
-            environ["wsgi.input"].read()
+            environ["wsgi.input"].read(-1)
         except OSError as error:
             errors.put(error)
             raise
@@ -785,10 +785,10 @@ def test_flask_answers_reads_forms_and_streams(loop: str) -> None:
     from flask import Flask, request
 
     flask = Flask(__name__)
-    flask.add_url_rule("/", view_func=lambda: "hello")
-    flask.add_url_rule("/form", methods=["POST"], view_func=lambda: request.form["name"] * 2)
-    flask.add_url_rule("/upload", methods=["POST"], view_func=lambda: str(len(request.files["f"].read())))
-    flask.add_url_rule("/stream", view_func=lambda: iter(["a", "b", "c"]))
+    flask.add_url_rule("/", "root", view_func=lambda: "hello")
+    flask.add_url_rule("/form", "form", methods=["POST"], view_func=lambda: request.form["name"] * 2)
+    flask.add_url_rule("/upload", "upload", methods=["POST"], view_func=lambda: str(len(request.files["f"].read())))
+    flask.add_url_rule("/stream", "stream", view_func=lambda: iter(["a", "b", "c"]))
     multipart = (
         b'--X\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' + b"z" * MEBIBYTE + b"\r\n--X--\r\n"
     )
@@ -810,7 +810,7 @@ def django_app() -> Any:
     from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
     from django.urls import path
 
-    def plain(request: HttpRequest) -> HttpResponse:
+    def plain(request: HttpRequest, rest: str) -> HttpResponse:
         return HttpResponse(f"{request.method} {request.path} {len(request.body)}")
 
     def stream(request: HttpRequest) -> StreamingHttpResponse:
@@ -833,7 +833,7 @@ def test_django_answers_reads_bodies_and_streams(loop: str, django_app: Any) -> 
 
 def test_clients_cannot_tell_the_bridge_from_a2wsgi() -> None:
     def app(environ: Any, start_response: Any) -> Any:
-        body = environ["wsgi.input"].read()
+        body = environ["wsgi.input"].read(-1)
         path = environ["PATH_INFO"]
         start_response(
             "404 Not Found" if path == "/404" else "200 OK", [*TEXT, ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
@@ -978,7 +978,7 @@ def test_a_thread_makes_no_more_than_the_client_takes(loop: str) -> None:
         return chunks()
 
     def chunks() -> Iterable[bytes]:
-        for number in range(10_000):
+        for number in range(500):
             made.append(number)
             if number == 1:
                 made_two.set()
@@ -995,7 +995,7 @@ def test_a_thread_makes_no_more_than_the_client_takes(loop: str) -> None:
         assert len(made) == 2
         slow.is_open.set()
         await task
-        assert len(made) == 10_000
+        assert len(made) == 500
         assert await bridge.aclose(DEADLINE_SECONDS)
 
     run(loop, main())
@@ -1063,7 +1063,7 @@ def test_a_reader_that_waits_for_its_body_wakes_up_when_it_is_cancelled(loop: st
     def app(environ: Any, start_response: Any) -> list[bytes]:
         entered.set()
         try:
-            environ["wsgi.input"].read()
+            environ["wsgi.input"].read(-1)
         except OSError as error:
             errors.put(error)
             raise
