@@ -3,6 +3,7 @@
     python bench/micro_wsgi.py [--rounds 3] [--seconds 5] [--connections 32] [--threads 10] [--only NAME ...]
 
 Needs wrk. Rounds are interleaved, so that a slow minute of the machine hits all alike; medians are printed.
+CPU time per request (the server's processes, user and system) is what a busy machine disturbs least.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import urlopen
 
+import psutil
 from flask import Flask
 
 HERE = Path(__file__).resolve()
@@ -81,6 +84,11 @@ class Server:
         with urlopen(self.url, timeout=START_TIMEOUT_SECONDS) as answer:
             assert answer.status == 200
 
+    def cpu_seconds(self) -> float:
+        process = psutil.Process(self._process.pid)
+        times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+        return float(sum(one.user + one.system for one in times))
+
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -91,39 +99,52 @@ class Server:
         self._listener.close()
 
 
-def load(url: str, seconds: int, connections: int) -> tuple[float, str, bool]:
-    """(requests/s, p99 as wrk prints it, whether any request failed)."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", url]
+class Load(NamedTuple):
+    rate: float  # requests/s
+    cpu_microseconds: float  # per request
+    tail: str  # p99 as wrk prints it, and whether any request failed
+
+
+def load(server: Server, seconds: int, connections: int) -> Load:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", server.url]
+    before = server.cpu_seconds()
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
+    used = server.cpu_seconds() - before
     rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    count = re.search(r"(\d+) requests in", output)
     tail = re.search(r"99%\s+(\S+)", output)
-    assert rate is not None, output
-    return float(rate[1]), tail[1] if tail else "?", "Non-2xx" in output or "Socket errors" in output
+    assert rate is not None and count is not None and tail is not None, output  # noqa: PT018
+    has_failed = "Non-2xx" in output or "Socket errors" in output
+    return Load(float(rate[1]), used / max(1, int(count[1])) * 1e6, tail[1] + (" FAILED" if has_failed else ""))
 
 
 def measure(options: argparse.Namespace) -> None:
     print(f"# {platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"# wrk -t1 -c{options.connections} -d{options.seconds}s, {options.rounds} rounds, {options.threads} threads")
+    print(f"# load average before: {', '.join(f'{value:.1f}' for value in os.getloadavg())}")
     servers = [Server(name, options.threads) for name in options.only or SERVERS]
-    rates: dict[str, list[float]] = {server.name: [] for server in servers}
-    tails: dict[str, list[str]] = {server.name: [] for server in servers}
+    loads: dict[str, list[Load]] = {server.name: [] for server in servers}
     try:
         for server in servers:
             server.wait()
-            load(server.url, 1, options.connections)
+            load(server, 1, options.connections)
         for _ in range(options.rounds):
             for server in servers:
-                rate, tail, has_failed = load(server.url, options.seconds, options.connections)
-                rates[server.name].append(rate)
-                tails[server.name].append(tail + (" FAILED" if has_failed else ""))
+                loads[server.name].append(load(server, options.seconds, options.connections))
     finally:
         for server in servers:
             server.stop()
-    base = statistics.median(rates.get("gunicorn-gthread") or [0.0])
-    for name, values in rates.items():
-        middle = statistics.median(values)
-        ratio = f"{middle / base:5.2f} x gthread" if base else ""
-        print(f"{name:18} {middle:9.0f} req/s  {ratio}  p99 {', '.join(tails[name])}")
+    show(loads)
+
+
+def show(loads: dict[str, list[Load]]) -> None:
+    rates = {name: statistics.median(one.rate for one in rounds) for name, rounds in loads.items()}
+    base = rates.get("gunicorn-gthread", 0.0)
+    for name, rounds in loads.items():
+        cpu = statistics.median(one.cpu_microseconds for one in rounds)
+        ratio = f"{rates[name] / base:5.2f} x gthread" if base else ""
+        tails = ", ".join(one.tail for one in rounds)
+        print(f"{name:18} {rates[name]:7.0f} req/s  {ratio}  {cpu:6.0f} us CPU/req  p99 {tails}")
 
 
 def main() -> None:

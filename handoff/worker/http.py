@@ -141,6 +141,9 @@ class HTTPService:
         date = [(b"date", formatdate(time.time(), usegmt=True).encode())] if self._config.date_header else []
         self._state.default_headers = date + self._config.encoded_headers
         self._state.publish()
+        now = asyncio.get_running_loop().time()
+        for connection in self._state.connections:
+            _ours(connection).observe(now)
         limit = self._config.limit_max_requests
         if limit is not None and self._state.total_requests >= limit:
             self._link.leave(f"served {limit} requests", self._settings.drain_timeout_seconds)

@@ -1,9 +1,10 @@
-"""uvicorn's protocols with a drain that loses nothing.
+"""uvicorn's protocols with a drain that loses nothing, and with nothing added to the path of a request until then.
 
 Built on these internals of uvicorn (a test for each fails when one changes): HttpToolsProtocol's `cycle`, `pipeline`,
-`scope`, `on_headers_complete` and `connections`; RequestResponseCycle's `keep_alive`, `response_started`,
-`response_complete`, `transport` and that it calls `transport.close()` after a response without keep-alive;
-WebSocketsSansIOProtocol's `shutdown`.
+`scope`, `connections`, `on_response_complete`, and that each request is started by `self._start_asgi_task(cycle, app)`;
+RequestResponseCycle's `keep_alive`, `response_started`, `response_complete`, `on_response`, `transport`, that it has no
+slots, that `send` sets `response_started` before it asks for `keep_alive`, and that it calls `transport.close()` after
+a response without keep-alive; WebSocketsSansIOProtocol's `shutdown`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import termios
 from typing import Any
 
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -23,15 +25,6 @@ from handoff.worker.state import WorkerServerState
 
 LINGER_CLOSE_SECONDS = 2.0
 """How long unread input of a client is taken after our FIN, so that no RST overtakes the answer (RFC 9112, 9.6)."""
-
-
-class _GentleTransport:
-    """Stands in for the transport of the last response of a connection: closing it half-closes first."""
-
-    def __init__(self, protocol: HTTPProtocol, transport: asyncio.Transport) -> None:
-        self.write = transport.write
-        self.is_closing = transport.is_closing
-        self.close = protocol.close_gently
 
 
 class HTTPProtocol(HttpToolsProtocol):
@@ -47,18 +40,18 @@ class HTTPProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.began_at = 0.0
-        """When the connection was made, or its latest request began (the loop's time)."""
-        self.is_discarding = False
-        self.last_cycle: RequestResponseCycle | None = None
-        """While draining: the response that will announce the end of the connection."""
+        self.seen_cycle: RequestResponseCycle | None = None
+        self.seen_at = 0.0
+        """When `observe` first saw this cycle, or the connection was made (the loop's time)."""
 
     # --- the connection ---------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.began_at = self.loop.time()
+        self.seen_at = self.loop.time()
         self.server_state.connection_made()
+        if self.server_state.is_draining:
+            self._start_asgi_task = self._start_last  # type: ignore[method-assign]
 
     def connection_lost(self, exc: Exception | None) -> None:
         was_ours = self in self.connections
@@ -66,15 +59,10 @@ class HTTPProtocol(HttpToolsProtocol):
         if was_ours:  # an upgraded connection belongs to the WebSocket protocol
             self.server_state.connection_lost()
 
-    def data_received(self, data: bytes) -> None:
-        if not self.is_discarding:
-            super().data_received(data)
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self.began_at = self.loop.time()
-        if self.server_state.is_draining:
-            self._announce_close()
+    def observe(self, now: float) -> None:
+        """Called twice a second, so that a request's age is known without a timestamp in the path of each."""
+        if self.cycle is not self.seen_cycle:
+            self.seen_cycle, self.seen_at = self.cycle, now
 
     # --- draining ---------------------------------------------------------------------------------------------------
 
@@ -85,32 +73,18 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def begin_drain(self) -> None:
         """Finish what has begun, announce the end, and close. A connection that never got an answer is waited for."""
+        self._start_asgi_task = self._start_last  # type: ignore[method-assign]
         if self.cycle is not None and not self.cycle.response_complete:
-            self._announce_close()
+            for cycle in (self.cycle, *(waiting for waiting, _ in self.pipeline)):
+                LastCycle.make(cycle, self)
         elif self.is_answered:
-            self._linger()
+            self.linger()
 
-    def _announce_close(self) -> None:
-        """The newest request's response says `Connection: close` and ends the connection, if it can still say so."""
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete:
-            return  # an upgrade
-        if cycle.response_started:
-            cycle.on_response = self._answered_without_announcing
-            return
-        previous = self.last_cycle
-        if previous is not None and not previous.response_started:
-            previous.keep_alive, previous.transport = True, self.transport
-        cycle.keep_alive = False
-        cycle.transport = _GentleTransport(self, self.transport)  # type: ignore[assignment]
-        self.last_cycle = cycle
+    def _start_last(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        LastCycle.make(cycle, self)
+        HttpToolsProtocol._start_asgi_task(self, cycle, app)
 
-    def _answered_without_announcing(self) -> None:
-        self.on_response_complete()
-        if not self.transport.is_closing():
-            self._linger()
-
-    def _linger(self) -> None:
+    def linger(self) -> None:
         """An idle client may have a request on the wire: give it time before the connection ends."""
         self.loop.call_later(self.server_state.linger_seconds, self._close_if_idle)
 
@@ -123,12 +97,12 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def close_gently(self) -> None:
         """Send what is written and a FIN, then take (and drop) input until the client closes, too."""
-        if self.is_discarding or self.transport.is_closing():
+        if self.transport.is_closing():
             return
-        self.is_discarding = True
         self.pipeline.clear()
         self.flow.resume_reading()
         if self.transport.can_write_eof():
+            self.transport.set_protocol(_Discard(self))
             self.transport.write_eof()
             self.loop.call_later(LINGER_CLOSE_SECONDS, self.transport.close)
         else:
@@ -140,12 +114,78 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def hold(self, now: float) -> Hold | None:
         """What this connection holds a drain with; None when it is idle."""
+        self.observe(now)
         if self.is_answered:
             return None
         path, kind = "", "connection"
         if self.cycle is not None and not self.cycle.response_complete:
             path, kind = self.cycle.scope["path"], "request"
-        return Hold(kind, _address(self.client), path, now - self.began_at)
+        return Hold(kind, _address(self.client), path, now - self.seen_at)
+
+
+class LastCycle(RequestResponseCycle):
+    """A response while its connection drains: the last one says `Connection: close` and ends the connection.
+
+    Which one is the last is decided when it starts to be sent: pipelined requests that are there are answered first.
+    """
+
+    protocol: HTTPProtocol
+    wants_keep_alive: bool
+    is_last: bool | None
+
+    @staticmethod
+    def make(cycle: RequestResponseCycle, protocol: HTTPProtocol) -> None:
+        """Turn a cycle into one of these, or, where its head is sent already, let the idle connection linger after."""
+        if isinstance(cycle, LastCycle) or cycle.response_complete:
+            return
+        if cycle.response_started:
+            cycle.on_response = _Unannounced(protocol)
+            return
+        wants_keep_alive = cycle.__dict__.pop("keep_alive")
+        cycle.__class__ = LastCycle
+        assert isinstance(cycle, LastCycle)
+        cycle.protocol, cycle.is_last, cycle.wants_keep_alive = protocol, None, wants_keep_alive
+        cycle.transport = _GentleTransport(protocol)  # type: ignore[assignment]
+
+    @property
+    def keep_alive(self) -> bool:
+        if self.is_last is None and self.response_started:
+            self.is_last = not self.protocol.pipeline
+        return self.wants_keep_alive and not self.is_last
+
+    @keep_alive.setter
+    def keep_alive(self, value: bool) -> None:
+        self.wants_keep_alive = value
+
+
+class _Unannounced:
+    """After a response that could not announce the end any more."""
+
+    def __init__(self, protocol: HTTPProtocol) -> None:
+        self._protocol = protocol
+
+    def __call__(self) -> None:
+        self._protocol.on_response_complete()
+        if not self._protocol.pipeline and not self._protocol.transport.is_closing():
+            self._protocol.linger()
+
+
+class _GentleTransport:
+    """Stands in for the transport of a response that may end its connection: closing it half-closes first."""
+
+    def __init__(self, protocol: HTTPProtocol) -> None:
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self.close = protocol.close_gently
+
+
+class _Discard(asyncio.Protocol):
+    """Takes and drops what a client still sends after our FIN; the connection's end reaches the real protocol."""
+
+    def __init__(self, protocol: HTTPProtocol) -> None:
+        self.connection_lost = protocol.connection_lost  # type: ignore[method-assign]
+        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -165,6 +205,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.server_state.connection_lost()
+
+    def observe(self, now: float) -> None:
+        """Its age is that of the connection."""
 
     def begin_drain(self) -> None:
         """It runs on; at the deadline `cut_off` says 1012, which asks clients to come back."""

@@ -6,7 +6,7 @@ import asyncio
 
 from uvicorn.server import ServerState
 
-from handoff.counters import CONNECTIONS, REQUESTS
+from handoff.counters import CONNECTIONS, IN_PROGRESS, REQUESTS
 
 
 class WorkerServerState(ServerState):
@@ -30,3 +30,4 @@ class WorkerServerState(ServerState):
 
     def publish(self) -> None:
         self.counters[REQUESTS] = self.total_requests
+        self.counters[IN_PROGRESS] = len(self.tasks)

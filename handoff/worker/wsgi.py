@@ -77,9 +77,6 @@ class WSGIBridge:
         if scope["type"] != "http":
             await self._other(scope, receive, send)
             return
-        if self._is_closed:
-            await _refuse(send)
-            return
         if self._loop is None:
             self._start()
         assert self._loop is not None
@@ -91,6 +88,9 @@ class WSGIBridge:
         elif not _is_short(environ):
             body = _open_body(environ, receive)
         elif not await _take_body(environ, receive):
+            return
+        if self._is_closed:  # looked at after the last wait: behind the close nobody takes from the queue
+            await _refuse(send)
             return
         exchange = Exchange(environ, self._returns, self._names, self._logger, self._loop.create_future())
         if body is not None:
@@ -159,6 +159,8 @@ class WSGIBridge:
     def _start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._returns = Returns(self._loop)
+        if self._is_closed:
+            return
         self._ended = self._loop.create_future()
         self._running_count = self._thread_count
         returns = self._returns
@@ -173,7 +175,7 @@ class WSGIBridge:
         """Take no more requests; the threads end when all that is queued is done. Does not wait."""
         if not self._is_closed:
             self._is_closed = True
-            if self._loop is not None:
+            if self._ended is not None:
                 self._threads.close()
 
     async def aclose(self, timeout_seconds: float) -> bool:

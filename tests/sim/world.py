@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from handoff.core.fleet import DRAIN_GRACE_SECONDS, NOW_GRACE_SECONDS, OPEN_SECONDS, STOP_GRACE_SECONDS
 from handoff.core.generation import GenerationState, Timings
+from handoff.core.respawn import delay_seconds
 from handoff.core.supervisor import Supervisor
 from handoff.core.vocabulary import (
     Action,
@@ -72,17 +73,17 @@ class Process:
     drain_deadline: float | None = None
     signal_deadline: float | None = None
     is_killed: bool = False
+    has_failed: bool = False
+    """The master heard that it failed, or broke the protocol, before anybody sent it away."""
+
+    @property
+    def is_sent_away(self) -> bool:
+        return self.drain_deadline is not None or self.signal_deadline is not None or self.is_killed
 
     @property
     def is_serving(self) -> bool:
         """As far as the master can know: it accepts, and nobody sent it away."""
-        return (
-            self.is_opened_heard
-            and self.drain_deadline is None
-            and self.signal_deadline is None
-            and not self.is_killed
-            and not self.is_told_to_leave
-        )
+        return self.is_opened_heard and not self.is_sent_away and not self.is_told_to_leave
 
     def end(self, how: str) -> None:
         if not self.has_ended:
@@ -130,9 +131,12 @@ class World:
         self.verdicts_of_generations: dict[int, Verdict] = {}
         self.exit: Exit | None = None
         self.is_stop_asked = False
+        self.crashes: dict[tuple[int, int], tuple[int, float]] = {}
+        """By generation and slot: crashes in a row since a worker last accepted there, and when the last was."""
         self.actions: list[Action] = []
         """Everything that the supervisor ever asked for."""
-        self.log: list[str] = []
+        self.history: list[tuple[float, Event, list[Action]]] = []
+        """When, what happened, and what was asked for then: for the reader of a failure."""
 
     # --- events in --------------------------------------------------------------------------------------------------
 
@@ -145,10 +149,9 @@ class World:
         """Let the supervisor take the event, do what it asks, and check what must always hold."""
         serving = {process.worker for process in self.processes.values() if process.is_serving}
         self._heard(event)
-        self.log.append(f"{self.now:.2f} {event}")
         actions = self.supervisor.handle(event, self.now)
+        self.history.append((self.now, event, actions))
         for action in actions:
-            self.log.append(f"    {action}")
             self.actions.append(action)
             assert self.exit is None, f"{action} after Exit"
             self._act(action)
@@ -160,7 +163,7 @@ class World:
         if isinstance(event, StopRequested):
             self.is_stop_asked = True
         if isinstance(event, WorkerExited):
-            del self.processes[event.worker]
+            self._exit_heard(self.processes.pop(event.worker, None))
             return
         process = self.processes.get(getattr(event, "worker", 0))
         if process is None:
@@ -169,8 +172,17 @@ class World:
             process.is_ready_heard = True
         elif isinstance(event, OpenedSaid) and process.opened_deadline is not None:
             process.is_opened_heard = True
+            self.crashes.pop((process.generation, process.slot), None)
         elif isinstance(event, LeavingSaid):
             process.is_told_to_leave = True
+        elif isinstance(event, FailedSaid | WorkerBroke) and not process.is_told_to_leave:
+            process.has_failed = True
+
+    def _exit_heard(self, process: Process | None) -> None:
+        if process is not None and (process.has_failed or not (process.is_sent_away or process.is_told_to_leave)):
+            slot = (process.generation, process.slot)
+            count, _ = self.crashes.get(slot, (0, 0.0))
+            self.crashes[slot] = (count + 1, self.now)
 
     def tick(self) -> list[Action]:
         return self.handle(Tick())
@@ -282,6 +294,11 @@ class World:
     def _spawn(self, action: Spawn) -> None:
         timings = self.timings[action.generation]
         assert action.worker not in self.processes
+        count, crashed_at = self.crashes.get((action.generation, action.slot), (0, 0.0))
+        assert self.now >= crashed_at + delay_seconds(count), f"{action}: replaced without back-off"
+        for other in self.processes.values():
+            if (other.generation, other.slot) == (action.generation, action.slot):
+                assert not other.has_failed, f"{action}: replaced before the one that failed has ended"
         process = Process(
             action.worker, action.generation, action.slot, self.now, boot_timeout_seconds=timings.boot_timeout_seconds
         )

@@ -589,6 +589,15 @@ def test_a_request_after_the_exit_is_answered_too() -> None:
     assert [verdict.requests for (verdict,) in answers] == [(90,), (91,), (92,)]
 
 
+def test_a_reload_after_a_first_boot_that_failed_is_answered() -> None:
+    world = World()
+    world.handle(ReloadRequested())
+    world.prepare_failed(world.preparing[0])
+    assert world.exit is not None
+    (verdict,) = of(world.supervisor.handle(ReloadRequested(91), world.now), Verdict)
+    assert (verdict.requests, verdict.exit_code) == ((91,), ExitCode.ABORTED)
+
+
 def test_the_verdict_of_a_reload_that_a_stop_aborted_does_not_say_that_something_stays_live() -> None:
     world = live()
     request = world.reload()

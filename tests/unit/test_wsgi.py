@@ -899,9 +899,9 @@ def test_a_lifespan_starts_the_threads_and_ends_them(loop: str) -> None:
     async def main() -> None:
         bridge = WSGIBridge(hello, threads=3, logger=LOGGER)
         lifespan = LifespanOn(Config(bridge, log_config=None, lifespan="on"))
-        assert threads_named_wsgi() == 0
+        before = threads_named_wsgi()
         await lifespan.startup()
-        assert threads_named_wsgi() == 3
+        assert threads_named_wsgi() == before + 3
         assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("wsgi-"))
         await lifespan.shutdown()
         assert not lifespan.should_exit
@@ -943,6 +943,36 @@ def test_requests_that_are_queued_at_a_close_finish_and_later_ones_are_refused(l
         assert bridge.pending == 0
 
     run(loop, main())
+
+
+def test_a_request_whose_body_comes_after_the_close_is_refused(loop: str) -> None:
+    async def main() -> None:
+        bridge = WSGIBridge(hello, threads=1, logger=LOGGER)
+        client = Client()
+
+        async def receive() -> Any:
+            bridge.close()
+            return {"type": "http.request", "body": b"12345"}
+
+        await bridge(scope_of(headers=[(b"content-length", b"5")]), receive, client.send)
+        assert client.messages[0]["status"] == 503
+        assert await bridge.aclose(DEADLINE_SECONDS)
+
+    run(loop, main())
+
+
+def test_a_bridge_that_was_closed_before_it_began_starts_no_thread(loop: str) -> None:
+    async def main() -> None:
+        bridge = WSGIBridge(hello, threads=1, logger=LOGGER)
+        bridge.close()
+        client = Client()
+        await bridge(scope_of(), client.receive, client.send)
+        assert client.messages[0]["status"] == 503
+        assert await bridge.aclose(DEADLINE_SECONDS)
+
+    before = threading.active_count()
+    run(loop, main())
+    assert threading.active_count() <= before
 
 
 def test_a_hung_thread_does_not_hold_the_shutdown_and_is_named(loop: str, caplog: pytest.LogCaptureFixture) -> None:
