@@ -51,6 +51,8 @@ check: $(VENV)/check.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/bench.stamp
+	$(BIN)/python -m bench.steady
+	$(BIN)/python -m bench.boot
 	$(BIN)/python -m bench.reload $(ARGS)
 
 clean:

@@ -1,0 +1,83 @@
+"""Steady state, in pairs: `handoff run` beside the same uvicorn alone, and Flask beside gunicorn gthread.
+
+`python -m bench.steady` needs wrk. Every round runs A, then B; the ratio is taken pair by pair, and its median counts,
+because the machine's speed drifts. CPU seconds for each request are less noisy than rates.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+from typing import NamedTuple
+
+import click
+
+from bench import machine
+from bench.servers import GunicornThreads, Handoff, HandoffWSGI, Server, Uvicorn
+
+
+class FlaskOnHandoff(HandoffWSGI):
+    name, app = "handoff, Flask", "bench.apps.flask_hello:app"
+
+
+class FlaskOnGunicorn(GunicornThreads):
+    name, app = "gunicorn gthread, Flask", "bench.apps.flask_hello:app"
+
+
+class Round(NamedTuple):
+    rate: float
+    cpu_microseconds: float
+
+
+@click.command()
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--seconds", default=4, show_default=True, help="Of each run of wrk.")
+@click.option("--workers", default=1, show_default=True)
+@click.option("--clients", default=32, show_default=True)
+@click.option("--new-connections", is_flag=True, help="A new connection for each request.")
+def main(rounds: int, seconds: int, workers: int, clients: int, new_connections: bool) -> None:
+    """Compare rates and CPU in interleaved pairs."""
+    click.echo(f"{machine.describe()}\n{workers} workers, wrk -t1 -c{clients} -d{seconds}s, {rounds} rounds of A, B")
+    pairs: list[tuple[type[Server], type[Server]]] = [(Handoff, Uvicorn), (FlaskOnHandoff, FlaskOnGunicorn)]
+    for first, second in pairs:
+        with first(workers) as one, second(workers) as other:
+            found = [
+                (_run(one, seconds, clients, new_connections), _run(other, seconds, clients, new_connections))
+                for _ in range(rounds)
+            ]
+        _print(first.name, second.name, found)
+
+
+def _run(server: Server, seconds: int, clients: int, new_connections: bool) -> Round:
+    before = server.cpu_seconds()
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", f"http://127.0.0.1:{server.port}/"]
+    if new_connections:
+        command[1:1] = ["-H", "Connection: close"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
+    requests = int(_number(r"(\d+) requests in", output))
+    cpu = server.cpu_seconds() - before
+    return Round(_number(r"Requests/sec:\s+([\d.]+)", output), cpu / requests * 1e6)
+
+
+def _number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return float(found.group(1))
+
+
+def _print(first: str, second: str, found: list[tuple[Round, Round]]) -> None:
+    for name, rounds in ((first, [one for one, _ in found]), (second, [other for _, other in found])):
+        rate = statistics.median(one.rate for one in rounds)
+        cpu = statistics.median(one.cpu_microseconds for one in rounds)
+        click.echo(f"{name:<26} {rate:>9.0f} requests/s   {cpu:6.1f} µs CPU each (medians)")
+    rates = [one.rate / other.rate for one, other in found]
+    cpus = [one.cpu_microseconds / other.cpu_microseconds for one, other in found]
+    click.echo(
+        f"  {first} / {second}: rate × {statistics.median(rates):.3f} ({min(rates):.2f}–{max(rates):.2f}), "
+        f"CPU × {statistics.median(cpus):.3f} ({min(cpus):.2f}–{max(cpus):.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
