@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from handoff.core.generation import GENERATION_TABLE, GenerationEvent, GenerationRecord, GenerationState
 from handoff.core.machine import follow
-from handoff.core.vocabulary import Action, Drain, LogTransition, Open, SendSignal, Signal, Spawn
+from handoff.core.vocabulary import Action, Drain, LogTransition, Open, SendSignal, Signal, Spawn, Unbind
 from handoff.core.worker import MAY_HOLD_CONNECTIONS, WORKER_TABLE, WorkerEvent, WorkerRecord, WorkerState
 
 OPEN_SECONDS = 5.0
@@ -68,6 +68,8 @@ class Fleet:
         came_from, record.state = record.state, follow(GENERATION_TABLE, record.state, event)
         record.deadline = None
         self.actions.append(LogTransition("generation", record.generation, came_from.value, record.state.value, reason))
+        if record.state in (GenerationState.DRAINING, GenerationState.ABORTING):
+            self.actions.append(Unbind(record.generation))
 
     def new_generation(self, label: str | None, is_rollback: bool, now: float) -> GenerationRecord:
         record = GenerationRecord(self._next_generation, label or "", is_rollback, now)

@@ -106,7 +106,11 @@ class Open(Message, frozen=True, tag="open"):
 
 
 class Drain(Message, frozen=True, tag="drain"):
+    """Take nothing new, and finish what exists within so many seconds."""
+
     seconds: float
+    ending: tuple[str, ...] = ()
+    """Names of listeners that nobody accepts from after this drain: who is queued there is still let in."""
 
 
 class Report(Message, frozen=True, tag="report"):

@@ -283,8 +283,8 @@ class Supervisor:
             known = ", ".join(map(str, self.fleet.generations)) or "none"
             text = f"stop: no generation {event.generation}; there are: {known}"
             self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
-        elif record.generation == self.live:
-            text = f"stop: generation {event.generation} is live; stop the service, or reload it"
+        elif record.state in (_G.LIVE, _G.RETIRING):
+            text = f"stop: generation {event.generation} serves; stop the service, or reload it"
             self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
         else:
             self._stop_generation(record, "stopped by the operator", now, event.is_now or not record.is_starting)
@@ -397,9 +397,7 @@ class Supervisor:
                 self._boot(record, now)
             case _G.PROBATION:
                 if record.deadline is not None and record.deadline <= now:
-                    self.fleet.move_generation(record, GenerationEvent.SURVIVED)
-                    for worker in self.fleet.workers_of(record.generation):
-                        self.fleet.open(worker, now)
+                    self._end_probation(record, now)
             case _G.OPENING:
                 if self.fleet.count(record.generation, _W.ACCEPTING) >= record.wave:
                     self._commit(record, now)
@@ -422,6 +420,14 @@ class Supervisor:
         if self.fleet.count(record.generation, _W.READY) >= record.wave:
             self.fleet.move_generation(record, GenerationEvent.ALL_READY)
             record.deadline = now + record.timings.probation_seconds
+
+    def _end_probation(self, record: GenerationRecord, now: float) -> None:
+        if self.fleet.count(record.generation, _W.READY) < record.wave:
+            record.deadline = None  # one of them failed and is ending: its exit fails the generation
+            return
+        self.fleet.move_generation(record, GenerationEvent.SURVIVED)
+        for worker in self.fleet.workers_of(record.generation):
+            self.fleet.open(worker, now)
 
     def _commit(self, record: GenerationRecord, now: float) -> None:
         assert record.timings is not None

@@ -184,6 +184,13 @@ class Committed:
 
 
 @dataclass(slots=True, frozen=True)
+class Unbind:
+    """The generation accepts no more: a listener that only it has must refuse clients, not keep them waiting."""
+
+    generation: int
+
+
+@dataclass(slots=True, frozen=True)
 class Forget:
     """The generation is gone: nothing uses its listeners or pins (a rollback may still want the pins)."""
 
@@ -227,7 +234,20 @@ class Exit:
     reason: str = ""
 
 
-Action = Prepare | Spawn | Open | Drain | SendSignal | Committed | Forget | Verdict | LogTransition | LogWarning | Exit
+Action = (
+    Prepare
+    | Spawn
+    | Open
+    | Drain
+    | SendSignal
+    | Committed
+    | Unbind
+    | Forget
+    | Verdict
+    | LogTransition
+    | LogWarning
+    | Exit
+)
 
 
 @dataclass(slots=True)

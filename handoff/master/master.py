@@ -34,6 +34,7 @@ from handoff.core.vocabulary import (
     Spawn,
     StopRequested,
     Tick,
+    Unbind,
     Verdict,
 )
 from handoff.errors import HandoffError
@@ -199,11 +200,14 @@ class Master:
             case Open():
                 self._crew.send(action.worker, messages.Open())
             case Drain():
-                self._crew.send(action.worker, messages.Drain(seconds=action.seconds))
+                ending = self._ending_listeners(action.worker)
+                self._crew.send(action.worker, messages.Drain(seconds=action.seconds, ending=ending))
             case SendSignal():
                 self._crew.signal(action.worker, action.signal)
             case Committed():
                 self._committed(action)
+            case Unbind():
+                self._listeners.release(action.generation)
             case Forget():
                 self._listeners.release(action.generation)
                 if action.generation != self._supervisor.previous:
@@ -218,6 +222,16 @@ class Master:
                 self._exit = action
             case _:
                 assert_never(action)
+
+    def _ending_listeners(self, worker: int) -> tuple[str, ...]:
+        """The names of the worker's listeners that no generation accepts from after it."""
+        supervisor = self._supervisor
+        generation = supervisor.fleet.workers[worker].generation
+        mine = self._generations[generation].listeners
+        if supervisor.is_stopping:
+            return tuple(mine)
+        live = self._generations[supervisor.live].listeners.values() if supervisor.live is not None else ()
+        return tuple(name for name, listener in mine.items() if listener not in live)
 
     def _prepare(self, action: Prepare) -> None:
         try:

@@ -53,7 +53,7 @@ async def _get(protocol_factory: Callable[[], asyncio.BaseProtocol], target: str
         answer = b""
         while chunk := await reader.read(MAXIMUM_ANSWER_BYTES):
             answer = (answer + chunk)[:MAXIMUM_ANSWER_BYTES]
-        return status, answer.partition(b"\r\n\r\n")[2]
+        return status, _body(answer)
     finally:
         writer.close()
         transport.close()
@@ -70,6 +70,19 @@ def _request(target: str) -> bytes:
         "Connection: close",
     ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def _body(answer: bytes) -> bytes:
+    """The body of an answer that was read up to its end, or to the limit; without the sizes of its chunks."""
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" not in head.lower():
+        return rest
+    body = b""
+    while rest:
+        size_line, _, rest = rest.partition(b"\r\n")
+        size = int(size_line.partition(b";")[0], 16)
+        body, rest = body + rest[:size], rest[size + 2 :]
+    return body
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:

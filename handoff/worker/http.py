@@ -167,7 +167,8 @@ class HTTPService:
         remaining = self._remaining()
         state.is_draining = True
         state.linger_seconds = min(LINGER_SECONDS, remaining)
-        await stop_accepting(self._servers)
+        ending = [self._listeners[name] for name in self._link.ending_listeners if name in self._listeners]
+        await stop_accepting(self._servers, ending, self._protocol, self._config.ssl)
         for connection in list(state.connections):
             _ours(connection).begin_drain()
         await self._until_idle()

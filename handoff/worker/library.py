@@ -167,17 +167,19 @@ class AsyncWorker(_Identity):
 
         The protocol's instances need a `__dict__`: their connection_made and connection_lost are watched.
         """
-        sockets = [self.listeners[name] for name in (listeners if listeners is not None else list(self._claims))]
+        sockets = {name: self.listeners[name] for name in (listeners if listeners is not None else list(self._claims))}
         if not await self.ready():
             return
+
+        def watched() -> asyncio.Protocol:
+            return self._watched(protocol_factory())
+
         loop = asyncio.get_running_loop()
         backlog = self._boot.settings.backlog
-        servers = [
-            await loop.create_server(lambda: self._watched(protocol_factory()), sock=listener, backlog=backlog)
-            for listener in sockets
-        ]
+        servers = [await loop.create_server(watched, sock=listener, backlog=backlog) for listener in sockets.values()]
         await self.drained()
-        await stop_accepting(servers)
+        ending = [sockets[name] for name in self._link.ending_listeners if name in sockets]
+        await stop_accepting(servers, ending, watched)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.drain_seconds):
                 await self._until(lambda: not self._transports)

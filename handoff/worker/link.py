@@ -26,6 +26,8 @@ class Link:
         self.is_orphan = False
         self.drain_deadline: float | None = None
         self.orphan_drain_seconds = 0.0
+        self.ending_listeners: tuple[str, ...] = ()
+        """Nobody accepts from these after us."""
         self.on_change: Callable[[], None] = lambda: None
         self.on_report: Callable[[int], Holds] = lambda request: Holds(request=request, total=0, holds=())
 
@@ -79,6 +81,7 @@ class Link:
             case Open():
                 self.is_open = True
             case Drain():
+                self.ending_listeners = message.ending
                 self.drain(message.seconds)
             case Report():
                 self.send(self.on_report(message.request))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from handoff.core.fleet import DRAIN_GRACE_SECONDS, STOP_GRACE_SECONDS
 from handoff.core.generation import Timings
-from handoff.core.vocabulary import ReloadRequested
+from handoff.core.vocabulary import FailedSaid, LeavingSaid, ReloadRequested
 from handoff.core.worker import WorkerState
 from tests.sim.world import Process, World, lies
 
@@ -27,6 +28,9 @@ _PROFILE = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
     **_PROFILES.get(os.environ.get("HYPOTHESIS_PROFILE", "default"), _PROFILES["default"]),  # type: ignore[arg-type]
 )
+
+pytestmark = pytest.mark.timeout(0)
+"""The number of examples bounds it; shrinking a failure takes longer than a test may."""
 
 timings_of_a_service = st.builds(
     Timings,
@@ -162,6 +166,15 @@ class SupervisedWorld(RuleBasedStateMachine):
             return
         process.outbox.append(lies(process)[lie])
         while is_heard and process.worker in self.world.processes and process.outbox:
+            self.world.deliver(process)
+
+    @precondition(lambda self: self.world.processes)
+    @rule(number=any_process, event=st.sampled_from([LeavingSaid, FailedSaid]))
+    def a_process_leaves_or_fails(self, number: int, event: type[LeavingSaid | FailedSaid]) -> None:
+        process = self._process(number)
+        if not process.has_ended:
+            process.outbox.append(event(process.worker, "of its own accord"))
+        while process.worker in self.world.processes and process.outbox:
             self.world.deliver(process)
 
     @precondition(lambda self: self.world.exit is None)

@@ -40,6 +40,7 @@ from handoff.core.vocabulary import (
     Spawn,
     StopRequested,
     Tick,
+    Unbind,
     Verdict,
     WorkerBroke,
     WorkerExited,
@@ -125,6 +126,8 @@ class World:
         self.pins: set[int] = set()
         """What the master keeps: all that are not gone, and the one that a rollback goes back to."""
         self.live: int | None = None
+        self.committed: set[int] = set()
+        self.unbound: set[int] = set()
         self.forgotten: set[int] = set()
         self.asked: set[int] = set()
         self.answers: dict[int, Verdict] = {}
@@ -140,6 +143,14 @@ class World:
 
     # --- events in --------------------------------------------------------------------------------------------------
 
+    def serving(self) -> set[int]:
+        """The accepting workers that the service stands on: what opens before its commit may be rolled back."""
+        return {
+            process.worker
+            for process in self.processes.values()
+            if process.is_serving and process.generation in self.committed
+        }
+
     def next_request(self) -> int:
         request = len(self.asked) + 1
         self.asked.add(request)
@@ -147,7 +158,7 @@ class World:
 
     def handle(self, event: Event) -> list[Action]:
         """Let the supervisor take the event, do what it asks, and check what must always hold."""
-        serving = {process.worker for process in self.processes.values() if process.is_serving}
+        serving = self.serving()
         self._heard(event)
         actions = self.supervisor.handle(event, self.now)
         self.history.append((self.now, event, actions))
@@ -280,7 +291,11 @@ class World:
             case Committed():
                 assert action.previous == self.supervisor.previous
                 self.live = action.generation
+                self.committed.add(action.generation)
                 self.pins &= {action.generation, action.previous or 0, *self.timings}
+            case Unbind():
+                assert action.generation not in self.unbound, "unbound twice"
+                self.unbound.add(action.generation)
             case Forget():
                 self._forget(action.generation)
             case Verdict():
@@ -352,10 +367,8 @@ class World:
 
     def _check_service(self, event: Event, before: set[int]) -> None:
         """Nobody but the last accepting worker itself, or a stop, ends the service."""
-        after = {process.worker for process in self.processes.values() if process.is_serving}
-        if after or not before or self.is_stop_asked or isinstance(event, GenerationStopRequested):
-            return
-        if self.live is not None:
+        is_asked_for = self.is_stop_asked or isinstance(event, GenerationStopRequested)
+        if before and not self.serving() and not is_asked_for:
             assert before == {getattr(event, "worker", None)}, f"{event} took away the last that accepted: {before}"
 
     def check(self) -> None:
@@ -372,6 +385,7 @@ class World:
             assert not supervisor.fleet.generations, "Exit before all generations were gone"
             assert self.asked == set(self.answers), "Exit with requests that nobody answered"
         for process in self.processes.values():
+            assert not (process.is_serving and process.generation in self.unbound), f"{process} serves, unbound"
             self._check_deadlines(process)
 
     def _check_deadlines(self, process: Process) -> None:

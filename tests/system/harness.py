@@ -199,16 +199,18 @@ class Service:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request on the control socket; quicker than the command."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(DEADLINE_SECONDS)
-            connection.connect(str(self.run_dir / self.name / "control.sock"))
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            data = b""
-            while not data.endswith(b"\n"):
-                chunk = connection.recv(65536)
-                assert chunk, "the control socket closed without an answer"
-                data += chunk
-        return json.loads(data)  # type: ignore[no-any-return]
+        return self.begin(request).answer()
+
+    def begin(self, request: dict[str, Any]) -> Asked:
+        """Send a request, and come back for its answer later."""
+        return Asked(self.control_socket(), request)
+
+    def control_socket(self) -> socket.socket:
+        """A connection to the control socket; the caller owns it."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(DEADLINE_SECONDS)
+        connection.connect(str(self.run_dir / self.name / "control.sock"))
+        return connection
 
     def status(self, drain: bool = False) -> dict[str, Any]:
         return self.ask({"type": "status", "drain": drain})
@@ -243,6 +245,24 @@ class Service:
         with self.connect() as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n{headers}\r\n".encode())
             return read_response(connection)
+
+
+class Asked:
+    """One request on the control socket that was sent. Owns the connection."""
+
+    def __init__(self, connection: socket.socket, request: dict[str, Any]) -> None:
+        self.connection = connection
+        connection.sendall(json.dumps(request).encode() + b"\n")
+
+    def answer(self) -> dict[str, Any]:
+        """The one answer; nothing may follow it."""
+        data = b""
+        with self.connection:
+            while chunk := self.connection.recv(65536):
+                data += chunk
+        assert data.endswith(b"\n"), "the control socket closed without an answer"
+        assert data.count(b"\n") == 1, f"more than one answer: {data!r}"
+        return json.loads(data)  # type: ignore[no-any-return]
 
 
 def read_response(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
@@ -288,8 +308,10 @@ def _more(connection: socket.socket) -> bytes:
 class Clients:
     """Strict clients in threads: each repeats one exchange until told to stop; every failure is kept, none retried."""
 
-    def __init__(self, exchange: Callable[[], object], count: int = 4) -> None:
+    def __init__(self, exchange: Callable[[], object], count: int = 4, pace_seconds: float = 0.01) -> None:
+        """`pace_seconds`: each client's pause, so that they do not take the processors from what they look at."""
         self._exchange = exchange
+        self._pace_seconds = pace_seconds
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._answered = threading.Condition(self._lock)
@@ -298,7 +320,7 @@ class Clients:
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(self._pace_seconds):
             try:
                 self._exchange()
             except Exception as error:  # a strict client keeps whatever went wrong

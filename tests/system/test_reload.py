@@ -2,28 +2,276 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import signal
+import socket
+import threading
 from pathlib import Path
 
-from tests.system.apps import hello
-from tests.system.harness import Clients, Service
+import pytest
+
+from tests.system.apps import gated, hello, workbench
+from tests.system.harness import Clients, Service, read_response, wait_until
+
+STREAM = b"".join(b"%d\n" % number for number in range(20)) + b"end"
+
+
+class KeptAlive:
+    """A strict client that keeps its connection, one for each thread, until an answer announces the end of it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._local = threading.local()
+        self._open: set[socket.socket] = set()
+
+    def __call__(self) -> None:
+        connection: socket.socket | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = self._service.connect()
+            self._open.add(connection)
+        try:
+            connection.sendall(b"POST /echo HTTP/1.1\r\nHost: test\r\nContent-Length: 5\r\n\r\nhello")
+            status, headers, body = read_response(connection)
+            assert (status, body) == (200, b"hello")
+            if headers.get("connection") == "close":
+                assert connection.recv(1) == b"", "something follows the last answer"
+                self._drop()
+        except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        self._open.discard(self._local.connection)
+        self._local.connection.close()
+        self._local.connection = None
+
+    def close(self) -> None:
+        """When its threads have ended."""
+        for connection in self._open:
+            connection.close()
+
+
+def new_connection(service: Service) -> None:
+    status, _, body = service.get()
+    assert status == 200
+    assert body.isdigit()
+
+
+def slow(service: Service) -> None:
+    status, _, body = service.get("/slow?0.3")
+    assert status == 200
+    assert body.startswith(b"slow ")
+
+
+def stream(service: Service) -> None:
+    status, _, body = service.get("/stream")
+    assert (status, body) == (200, STREAM)
+
+
+def labels(service: Service) -> dict[int, str]:
+    return {one["generation"]: one["label"] for one in service.status()["generations"]}
+
+
+def live_version(service: Service) -> bytes:
+    return service.get()[2]
 
 
 def test_a_reload_brings_the_new_code(directory: Path) -> None:
     with Service(directory, "-w", "2") as service:
-        assert service.get()[2] == b"1"
+        assert live_version(service) == b"1"
         (directory / "main.py").write_text(hello("2"))
         done = service.reload()
         assert done.returncode == 0, done.stderr
         assert "generation 2 is live" in done.stdout
-        assert service.get()[2] == b"2"
+        service.wait_for_generations(2)
+        assert live_version(service) == b"2"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("loop", "reloads"), [("uvloop", 20), ("asyncio", 8)])
+def test_reloads_under_all_kinds_of_clients_lose_nothing(directory: Path, loop: str, reloads: int) -> None:
+    # So many generations that none is squeezed, however slowly its streams go.
+    options = ("-w", "2", "--loop", loop, "--max-generations", "30")
+    with Service(directory, *options) as service, contextlib.closing(KeptAlive(service)) as kept_alive:
+        kinds = {
+            "new": Clients(lambda: new_connection(service), 3),
+            "kept alive": Clients(kept_alive, 3),
+            "slow": Clients(lambda: slow(service), 3),
+            "stream": Clients(lambda: stream(service), 3),
+        }
+        with contextlib.ExitStack() as running:
+            for clients in kinds.values():
+                running.enter_context(clients)
+            for number in range(2, reloads + 2):
+                (directory / "main.py").write_text(hello(str(number)))
+                assert service.ask({"type": "reload"})["exit_code"] == 0
+                kinds["new"].more(5)
+            for clients in kinds.values():
+                clients.more(1)
+    for kind, clients in kinds.items():
+        assert not clients.failures, f"{kind}: {len(clients.failures)} of {clients.done}: {clients.failures[:5]}"
+
+
+def test_the_number_of_workers_changes_in_the_same_reload(directory: Path) -> None:
+    config = directory / "handoff.toml"
+    config.write_text("workers = 1\n")
+    with Service(directory) as service, Clients(service.get, 2) as clients:
+        for generation, workers in ((2, 3), (3, 1)):
+            config.write_text(f"workers = {workers}\n")
+            (directory / "main.py").write_text(hello(str(generation)))
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            service.wait_for_generations(generation)
+            assert [worker["slot"] for worker in service.workers()] == list(range(workers))
+        assert live_version(service) == b"3"
+    clients.assert_none_failed()
+
+
+def test_binds_are_added_changed_and_removed_by_reloads(directory: Path) -> None:
+    config, first_path, second_path = directory / "handoff.toml", directory / "one.sock", directory / "two.sock"
+    web = 'web = "127.0.0.1:0"\n'
+    config.write_text(f"[bind]\n{web}")
+
+    def reload(text: str, generation: int) -> dict[str, str]:
+        config.write_text(f"[bind]\n{web}{text}")
+        assert service.ask({"type": "reload"})["exit_code"] == 0
+        service.wait_for_generations(generation)
+        return {listener["name"]: listener["address"] for listener in service.status()["listeners"]}
+
+    with Service(directory, bind=None) as service, Clients(service.get, 2) as clients:
+        added = reload(f'admin = "127.0.0.1:0"\nlocal = "unix:{first_path}"\n', 2)
+        assert added["web"] == f"127.0.0.1:{service.port}"
+        admin_port = int(added["admin"].rpartition(":")[2])
+        assert answers(socket.create_connection(("127.0.0.1", admin_port)))
+        assert answers(unix(first_path))
+
+        changed = reload(f'admin = "127.0.0.1:0"\nlocal = "unix:{second_path}"\n', 3)
+        assert changed["admin"] == added["admin"], "port 0 stays the port that it was given"
+        assert answers(unix(second_path))
+        assert not first_path.exists()
+
+        assert set(reload("", 4)) == {"web"}
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", admin_port))
+        assert not second_path.exists()
+    clients.assert_none_failed()
+
+
+def test_a_removed_bind_refuses_new_connections_while_the_old_generation_drains(directory: Path) -> None:
+    (directory / "main.py").write_text(workbench("1"))
+    config = directory / "handoff.toml"
+    config.write_text('[bind]\nweb = "127.0.0.1:0"\nadmin = "127.0.0.1:0"\n')
+    with Service(directory, bind=None) as service:
+        listeners = {one["name"]: one["address"] for one in service.status()["listeners"]}
+        admin_port = int(listeners["admin"].rpartition(":")[2])
+        with service.connect() as held:
+            held.sendall(b"GET /until?go HTTP/1.1\r\nHost: test\r\n\r\n")
+            wait_until((directory / "go.began").exists, "the request is in progress")
+            config.write_text('[bind]\nweb = "127.0.0.1:0"\n')
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            wait_until(lambda: is_refused(admin_port), "the removed bind refuses connections")
+            (directory / "go").touch()
+            assert read_response(held)[2] == b"1"
         service.wait_for_generations(2)
 
 
-def test_twenty_reloads_lose_no_new_connection(directory: Path) -> None:
-    with Service(directory, "-w", "2") as service, Clients(service.get, 8) as clients:
-        for number in range(2, 22):
-            (directory / "main.py").write_text(hello(str(number)))
-            assert service.ask({"type": "reload"})["exit_code"] == 0
-            clients.more(10)
-        service.wait_for_generations(21)
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def unix(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(path))
+    return connection
+
+
+def answers(connection: socket.socket) -> bool:
+    with connection:
+        connection.settimeout(60)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+        return read_response(connection)[0] == 200
+
+
+def test_a_surge_of_one_replaces_worker_by_worker(directory: Path) -> None:
+    largest = 0
+    with Service(directory, "-w", "4", "--surge", "1") as service, Clients(service.get, 3) as clients:
+
+        def look() -> None:
+            nonlocal largest
+            largest = max(largest, len(service.workers()))
+
+        with Clients(look, 1) as watcher:
+            for generation in (2, 3):
+                (directory / "main.py").write_text(hello(str(generation)))
+                answer = service.ask({"type": "reload"})
+                assert answer["exit_code"] == 0
+                assert "1 of 4 workers" in answer["message"]
+                service.wait_for_generations(generation)
+                assert len(service.workers()) == 4
+        assert live_version(service) == b"3"
     clients.assert_none_failed()
+    watcher.assert_none_failed()
+    assert largest == 5
+
+
+def test_hup_reloads(directory: Path) -> None:
+    with Service(directory) as service:
+        (directory / "main.py").write_text(hello("2"))
+        service.signal(signal.SIGHUP)
+        service.stderr.wait_for("verdict: generation 2 is live")
+        service.wait_for_generations(2)
+        assert live_version(service) == b"2"
+
+
+def test_many_requests_at_once_become_one_reload_with_the_last_label(directory: Path) -> None:
+    with Service(directory) as service:
+        (directory / "main.py").write_text(gated("2"))
+        first = service.begin({"type": "reload", "label": "first"})
+        wait_until((directory / "importing").exists, "the first reload boots")
+        others = [service.begin({"type": "reload", "label": f"v{number}"}) for number in range(20)]
+        last = service.ask({"type": "reload", "label": "last", "wait": False})  # answered when all before were read
+        assert last["exit_code"] == 0
+        (directory / "go").touch()
+        assert first.answer()["generation"] == 2
+        answers = [other.answer() for other in others]
+        assert {(answer["exit_code"], answer["generation"]) for answer in answers} == {(0, 3)}
+        service.wait_for_generations(3)
+        assert labels(service) == {3: "last"}
+
+
+def test_a_reload_during_the_first_boot_follows_it(directory: Path) -> None:
+    (directory / "main.py").write_text(gated("1"))
+    with Service(directory).launch() as service:
+        wait_until((directory / "importing").exists, "the first boot goes on")
+        asked = service.begin({"type": "reload", "label": "second"})
+        service.status()
+        (directory / "go").touch()
+        answer = asked.answer()
+        assert (answer["exit_code"], answer["generation"]) == (0, 2)
+        service.wait_for_generations(2)
+        assert labels(service) == {2: "second"}
+
+
+def test_a_label_and_the_generation_reach_status_workers_log_and_clients(directory: Path) -> None:
+    (directory / "main.py").write_text(workbench("1"))
+    with Service(directory, "--generation-header", "--label", "v1") as service:
+        _, headers, body = service.get("/environment")
+        assert headers["handoff-generation"] == "1"
+        environment = json.loads(body)
+        assert environment == {
+            "HANDOFF_NAME": "web",
+            "HANDOFF_GENERATION": "1",
+            "HANDOFF_LABEL": "v1",
+            "HANDOFF_SLOT": "0",
+        }
+        assert service.reload("--label", "v2").returncode == 0
+        service.wait_for_generations(2)
+        assert labels(service) == {2: "v2"}
+        _, headers, body = service.get("/environment")
+        assert headers["handoff-generation"] == "2"
+        assert json.loads(body)["HANDOFF_LABEL"] == "v2"
+        service.stdout.wait_for("/environment.*generation=2 label=v2")

@@ -52,7 +52,8 @@ def words(name: str, current: Path) -> list[str]:
 
 def verify(unit: Path) -> subprocess.CompletedProcess[str]:
     if shutil.which("systemd-analyze") is None:
-        assert os.environ.get("CI") != "true", "systemd-analyze is missing; install the package systemd"
+        if os.environ.get("CI") == "true":
+            pytest.fail("systemd-analyze is missing; install the package systemd")
         pytest.skip("systemd-analyze is not installed")
     return subprocess.run(
         ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60, check=False
@@ -63,7 +64,8 @@ def test_systemd_accepts_the_unit(tmp_path: Path, current: Path) -> None:
     unit = tmp_path / "web.service"
     unit.write_text(UNIT.read_text().replace(RELEASE_LINK, str(current)))
     done = verify(unit)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert unit.name not in done.stderr  # what systemd ignores is a warning only
 
 
 def test_the_verification_would_notice_a_misspelled_directive(tmp_path: Path, current: Path) -> None:

@@ -16,6 +16,7 @@ from handoff.core.generation import (
     Timings,
 )
 from handoff.core.machine import IllegalTransition
+from handoff.core.vocabulary import LogTransition, Unbind
 
 _S, _E = GenerationState, GenerationEvent
 
@@ -56,7 +57,9 @@ def test_each_pair_gives_the_documented_state_or_changes_nothing(
     else:
         fleet.move_generation(record, event)
         assert (record.state, record.deadline) == (to, None)
-        assert len(fleet.actions) == 1, "one log line for each change of state"
+        logged = [action for action in fleet.actions if isinstance(action, LogTransition)]
+        assert len(logged) == 1, "one log line for each change of state"
+        assert (Unbind(1) in fleet.actions) == (to is _S.DRAINING)
 
 
 @pytest.mark.parametrize("state", GenerationState)

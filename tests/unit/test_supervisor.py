@@ -321,6 +321,22 @@ def test_an_exit_on_probation_rolls_back() -> None:
     assert not [action for action in of(world.actions, Open) if action.worker > 2]
 
 
+@pytest.mark.parametrize("event", [FailedSaid, WorkerBroke])
+def test_a_worker_that_fails_on_probation_and_is_slow_to_end_keeps_the_others_closed(
+    event: type[FailedSaid | WorkerBroke],
+) -> None:
+    world = live()
+    request, (first, _) = booting_reload(world)
+    world.run(numbers())
+    world.advance(0.9)
+    world.handle(event(first.worker, "lost its database"))
+    world.advance(0.2)
+    assert states(world, 2)[1] == "ready"
+    assert not [action for action in of(world.actions, Open) if action.worker > 2]
+    crash(world, first)
+    assert "lost its database" in rolled_back(world, request).message
+
+
 def test_an_exit_while_opening_drains_those_that_accept_already() -> None:
     world = live()
     request, (first, second) = booting_reload(world)
