@@ -1,4 +1,4 @@
-"""The settings of a service, merged: defaults < handoff.toml < environment (two variables) < command line."""
+"""The settings of a service, merged: defaults < environment (two variables) < handoff.toml < command line."""
 
 from __future__ import annotations
 

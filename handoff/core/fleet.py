@@ -106,6 +106,11 @@ class Fleet:
         self.move(worker, WorkerEvent.STOP, reason, now + STOP_GRACE_SECONDS)
         self.actions.append(SendSignal(worker.worker, signal))
 
+    def expect_exit(self, worker: WorkerRecord, now: float, reason: str) -> None:
+        """The worker said that it ends: no signal, unless it does not."""
+        if worker.state not in (WorkerState.STOPPING, WorkerState.KILLED):
+            self.move(worker, WorkerEvent.STOP, reason, now + STOP_GRACE_SECONDS)
+
     def kill(self, worker: WorkerRecord, reason: str) -> None:
         if worker.state is WorkerState.KILLED:
             return

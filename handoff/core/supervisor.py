@@ -142,7 +142,10 @@ class Supervisor:
                 case FailedSaid():
                     if worker.fills_slot:  # of one that is on its way out the first reason counts
                         worker.failure, worker.traceback = event.reason, event.traceback
-                    self.fleet.stop(worker, now, event.reason)
+                    if worker.state in MAY_HOLD_CONNECTIONS:
+                        self.fleet.stop(worker, now, event.reason)
+                    else:
+                        self.fleet.expect_exit(worker, now, event.reason)
                 case WorkerBroke():
                     self._broke(worker, event.reason)
                 case _:

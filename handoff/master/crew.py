@@ -182,7 +182,8 @@ class Crew:
         if hello.protocol not in SERVED_PROTOCOLS:
             reason = (
                 f"worker of handoff {hello.release} speaks protocol {hello.protocol}, this master serves "
-                f"{', '.join(map(str, sorted(SERVED_PROTOCOLS)))}; run `handoff upgrade`"
+                f"{', '.join(map(str, sorted(SERVED_PROTOCOLS)))}; restart the service "
+                "with this release (`handoff upgrade` is to do that in place)"
             )
             self._on_event(FailedSaid(process.worker, reason))
             return

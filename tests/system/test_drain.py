@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
 import socket
@@ -289,6 +291,41 @@ def test_term_refuses_new_connections_and_finishes_what_is_in_progress(directory
         end_gracefully(service, connection)
         for worker in workers:
             assert (directory / f"shutdown-{worker['pid']}").exists()
+
+
+def is_draining(service: Service) -> bool:
+    return service.status()["generations"][0]["workers"][0]["state"] == "draining"
+
+
+def test_who_is_queued_when_the_service_stops_is_answered(directory: Path) -> None:
+    with Service(directory) as service, contextlib.ExitStack() as stack:
+        (worker,) = service.workers()
+        os.kill(worker["pid"], signal.SIGSTOP)
+        queued = [stack.enter_context(service.connect()) for _ in range(5)]
+        for connection in queued:
+            connection.sendall(request("/"))
+        service.signal(signal.SIGTERM)
+        settled(lambda: is_draining(service), "the worker was told to drain")
+        os.kill(worker["pid"], signal.SIGCONT)
+        assert [read_response(connection)[2] for connection in queued] == [b"1"] * 5
+        assert service.wait() == 0
+
+
+def test_who_is_queued_on_a_bind_that_a_reload_removes_is_answered(directory: Path) -> None:
+    config = directory / "handoff.toml"
+    config.write_text('[bind]\nweb = "127.0.0.1:0"\nadmin = "127.0.0.1:0"\n')
+    with Service(directory, bind=None) as service:
+        (worker,) = service.workers()
+        os.kill(worker["pid"], signal.SIGSTOP)
+        addresses = {one["name"]: one["address"] for one in service.status()["listeners"]}
+        port = int(addresses["admin"].rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(request("/"))
+            config.write_text('[bind]\nweb = "127.0.0.1:0"\n')
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            os.kill(worker["pid"], signal.SIGCONT)
+            assert read_response(connection)[2] == b"1"
+        service.wait_for_generations(2)
 
 
 def test_the_stop_command_waits_for_the_end(directory: Path) -> None:

@@ -208,8 +208,8 @@ def test_status_says_everything(directory: Path) -> None:
         assert done.returncode == 0
         status = json.loads(done.stdout)
         assert (status["name"], status["pid"], status["live"]) == ("web", service.pid, 1)
-        assert status["listeners"] == [{"name": "web", "address": f"127.0.0.1:{service.port}"}]
-        assert status["usage"]["open_fds"] == status["open_fds"]
+        assert status["listeners"] == [{"name": "default", "address": f"127.0.0.1:{service.port}"}]
+        assert abs(status["usage"]["open_fds"] - status["open_fds"]) <= 1, "one of them counts whoever asked"
         (generation,) = status["generations"]
         assert (generation["generation"], generation["label"], generation["state"]) == (1, "v1", "live")
         assert (generation["directory"], generation["app"]) == (str(directory.resolve()), "main:app")
