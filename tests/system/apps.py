@@ -1,6 +1,6 @@
 """Applications for tests, as text: each test writes what it serves into a directory of its own."""
 
-HELLO = '''
+HELLO = """
 import asyncio, os
 
 VERSION = "{version}"
@@ -42,7 +42,7 @@ async def app(scope, receive, send):
     headers = [(b"content-length", b"%d" % len(answer))]
     await send({{"type": "http.response.start", "status": 200, "headers": headers}})
     await send({{"type": "http.response.body", "body": answer}})
-'''
+"""
 
 
 def hello(version: str) -> str:
@@ -143,13 +143,13 @@ def workbench(version: str) -> str:
     return WORKBENCH.replace("@VERSION@", version)
 
 
-GATE = '''
+GATE = """
 import os, time
 with open("importing", "w"):
     pass
 while not os.path.exists("go"):
     time.sleep(0.01)
-'''
+"""
 
 
 def gated(version: str) -> str:

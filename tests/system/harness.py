@@ -31,7 +31,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
             return found
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what}")
-        threading.Event().wait(0.01)
+        threading.Event().wait(0.02)
 
 
 class Output:
@@ -308,7 +308,7 @@ def _more(connection: socket.socket) -> bytes:
 class Clients:
     """Strict clients in threads: each repeats one exchange until told to stop; every failure is kept, none retried."""
 
-    def __init__(self, exchange: Callable[[], object], count: int = 4, pace_seconds: float = 0.01) -> None:
+    def __init__(self, exchange: Callable[[], object], count: int = 4, pace_seconds: float = 0.02) -> None:
         """`pace_seconds`: each client's pause, so that they do not take the processors from what they look at."""
         self._exchange = exchange
         self._pace_seconds = pace_seconds
@@ -349,4 +349,3 @@ class Clients:
     def assert_none_failed(self) -> None:
         assert self.done > 0
         assert not self.failures, f"{len(self.failures)} of {self.done} failed: {self.failures[:5]}"
-
