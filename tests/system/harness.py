@@ -131,8 +131,8 @@ class Service:
     def start(self) -> Service:
         """Start, and wait for the first commit."""
         self.launch()
-        found = self.stderr.wait_for(r"handoff serving .*addresses=(\S+)")
-        ports = re.findall(r":(\d+)", found.group(1))
+        found = self.stderr.wait_for(r'handoff serving .*addresses=(\S+)|"serving".*"addresses": "([^"]*)"')
+        ports = re.findall(r":(\d+)", found.group(1) or found.group(2))
         self.port = int(ports[0]) if ports else 0
         return self
 

@@ -1,0 +1,44 @@
+"""A second port beside the application's: bound by handoff, so that a reload never finds it taken.
+
+handoff run main:app --chdir examples/metrics_port --bind web=127.0.0.1:8000 --bind metrics=127.0.0.1:9100
+"""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import handoff
+
+answered = 0
+
+
+class Metrics(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = f"answered_total {answered}\n".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are not worth a line."""
+
+
+def serve_metrics() -> None:
+    server = HTTPServer(("127.0.0.1", 0), Metrics, bind_and_activate=False)
+    server.socket.close()
+    server.socket = handoff.listener("metrics")  # claimed: the application is not served on it
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+serve_metrics()
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    global answered
+    assert scope["type"] == "http"
+    answered += 1
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"6")]})
+    await send({"type": "http.response.body", "body": b"Hello\n"})
