@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -184,14 +183,12 @@ def test_a_peer_of_another_user_is_refused(directory: Path) -> None:
         for parent in directory.parents:
             if not os.stat(parent).st_mode & stat.S_IXOTH:
                 parent.chmod(os.stat(parent).st_mode | stat.S_IXOTH)
-        program = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);print(s.recv(10))"
-        done = subprocess.run(
-            [shutil.which("python3") or sys.executable, "-c", program, str(path)],
-            user=65534,
-            capture_output=True,
-            text=True,
-            check=False,
+        program = (
+            "import os, socket, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
+            "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(10))"
         )
+        command = [sys.executable, "-c", program, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout.strip() == "b''", done.stderr
         service.stderr.wait_for("refused a peer of another user")
 
