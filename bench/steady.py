@@ -6,15 +6,17 @@ because the machine's speed drifts. CPU seconds for each request are less noisy 
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import subprocess
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
 from bench import machine
-from bench.servers import GunicornThreads, Handoff, HandoffWSGI, Server, Uvicorn
+from bench.servers import GunicornThreads, Handoff, HandoffWSGI, Server, Uvicorn, end_on_term
 
 
 class FlaskOnHandoff(HandoffWSGI):
@@ -33,20 +35,29 @@ class Round(NamedTuple):
 @click.command()
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--seconds", default=4, show_default=True, help="Of each run of wrk.")
-@click.option("--workers", default=1, show_default=True)
+@click.option("--workers", multiple=True, type=int, default=(1, 2), show_default=True, help="Repeatable.")
 @click.option("--clients", default=32, show_default=True)
 @click.option("--new-connections", is_flag=True, help="A new connection for each request.")
-def main(rounds: int, seconds: int, workers: int, clients: int, new_connections: bool) -> None:
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/out"), show_default=True)
+def main(rounds: int, seconds: int, workers: tuple[int, ...], clients: int, new_connections: bool, out: Path) -> None:
     """Compare rates and CPU in interleaved pairs."""
-    click.echo(f"{machine.describe()}\n{workers} workers, wrk -t1 -c{clients} -d{seconds}s, {rounds} rounds of A, B")
+    end_on_term()
+    heading = f"{machine.describe()}\nwrk -t1 -c{clients} -d{seconds}s, {rounds} rounds of A, B"
+    click.echo(heading)
     pairs: list[tuple[type[Server], type[Server]]] = [(Handoff, Uvicorn), (FlaskOnHandoff, FlaskOnGunicorn)]
-    for first, second in pairs:
-        with first(workers) as one, second(workers) as other:
-            found = [
-                (_run(one, seconds, clients, new_connections), _run(other, seconds, clients, new_connections))
-                for _ in range(rounds)
-            ]
-        _print(first.name, second.name, found)
+    results = []
+    for count in workers:
+        for first, second in pairs:
+            with first(count) as one, second(count) as other:
+                for server in (one, other):
+                    _run(server, 1, clients, new_connections)  # warm up
+                found = [
+                    (_run(one, seconds, clients, new_connections), _run(other, seconds, clients, new_connections))
+                    for _ in range(rounds)
+                ]
+            results.append(_report(count, first, second, found))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "steady.json").write_text(json.dumps({"heading": heading, "pairs": results}, indent=1))
 
 
 def _run(server: Server, seconds: int, clients: int, new_connections: bool) -> Round:
@@ -55,6 +66,8 @@ def _run(server: Server, seconds: int, clients: int, new_connections: bool) -> R
     if new_connections:
         command[1:1] = ["-H", "Connection: close"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
+    if "Socket errors" in output or "Non-2xx" in output:
+        raise RuntimeError(f"{server.name}: wrk saw errors, so its rate means nothing:\n{output}")
     requests = int(_number(r"(\d+) requests in", output))
     cpu = server.cpu_seconds() - before
     return Round(_number(r"Requests/sec:\s+([\d.]+)", output), cpu / requests * 1e6)
@@ -66,17 +79,28 @@ def _number(pattern: str, text: str) -> float:
     return float(found.group(1))
 
 
-def _print(first: str, second: str, found: list[tuple[Round, Round]]) -> None:
-    for name, rounds in ((first, [one for one, _ in found]), (second, [other for _, other in found])):
+def _report(
+    workers: int, first: type[Server], second: type[Server], found: list[tuple[Round, Round]]
+) -> dict[str, Any]:
+    click.echo(f"{workers} workers: {first.version()} beside {second.version()}")
+    for kind, rounds in ((first, [one for one, _ in found]), (second, [other for _, other in found])):
         rate = statistics.median(one.rate for one in rounds)
         cpu = statistics.median(one.cpu_microseconds for one in rounds)
-        click.echo(f"{name:<26} {rate:>9.0f} requests/s   {cpu:6.1f} µs CPU each (medians)")
+        click.echo(f"  {kind.name:<26} {rate:>9.0f} requests/s   {cpu:6.1f} µs CPU each (medians)")
     rates = [one.rate / other.rate for one, other in found]
     cpus = [one.cpu_microseconds / other.cpu_microseconds for one, other in found]
     click.echo(
-        f"  {first} / {second}: rate × {statistics.median(rates):.3f} ({min(rates):.2f}–{max(rates):.2f}), "
+        f"  {first.name} / {second.name}: rate × {statistics.median(rates):.3f} ({min(rates):.2f}–{max(rates):.2f}), "
         f"CPU × {statistics.median(cpus):.3f} ({min(cpus):.2f}–{max(cpus):.2f})"
     )
+    return {
+        "workers": workers,
+        "first": first.name,
+        "second": second.name,
+        "rounds": [(one._asdict(), other._asdict()) for one, other in found],
+        "rate_ratio_median": statistics.median(rates),
+        "cpu_ratio_median": statistics.median(cpus),
+    }
 
 
 if __name__ == "__main__":
