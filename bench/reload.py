@@ -26,6 +26,7 @@ from bench.clients import Record
 from bench.plots import draw
 from bench.responses import Outcome
 from bench.servers import SERVERS, Replaced, Restart, Server, end_on_term
+from bench.stalls import StallMeter
 from bench.statistics_of import Exchange, Summary, Window, summarise
 
 CLIENTS = {"new": 16, "keepalive": 32, "slow": 16, "streams": 16, "idle": 200}
@@ -132,7 +133,7 @@ def _chosen(only: str) -> list[type[Server]]:
 
 def measure(kind: type[Server], scenario: str, reloads: int, workers: int, steady: float, processes: int = 1) -> Result:
     """One server under one scenario, from start to stop."""
-    with kind(workers) as server, _load(server.port, scenario, processes) as load:
+    with kind(workers) as server, StallMeter() as meter, _load(server.port, scenario, processes) as load:
         time.sleep(WARM_UP_SECONDS)
         warm_at = time.monotonic()
         time.sleep(steady)
@@ -143,6 +144,7 @@ def measure(kind: type[Server], scenario: str, reloads: int, workers: int, stead
             windows.append(Window(began, time.monotonic()))
             time.sleep(steady)
         stopped_at = time.monotonic()
+        stalls = meter.stop()
         exchanges, counted = _collect(load)
     is_idle = scenario == "idle"
     # What fails while warming up counts as well; only its times do not.
@@ -161,7 +163,7 @@ def measure(kind: type[Server], scenario: str, reloads: int, workers: int, stead
         reconnects=counted["connections_opened"] - CLIENTS[scenario] if scenario == "keepalive" else None,
         usable=sum(one.outcome is Outcome.OK and one.at >= stopped_at for one in exchanges) if is_idle else None,
         notes=[_note(one) for one in replaced if one.note or one.new < workers],
-        summary=summarise(kept, windows),
+        summary=summarise(kept, windows, stalls),
     )
 
 

@@ -13,7 +13,8 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Self
 
 from bench.statistics_of import Window
 
@@ -23,7 +24,7 @@ LEAST_SECONDS = 0.005
 
 
 class StallMeter:
-    """Measures while it is open; `stop` returns the merged intervals, empty where real-time priority is refused."""
+    """Measures from its making to `stop`, which returns the merged intervals; none where priority is refused."""
 
     def __init__(self) -> None:
         self._meters = [
@@ -35,6 +36,14 @@ class StallMeter:
             )
             for processor in sorted(os.sched_getaffinity(0))
         ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for meter in self._meters:
+            meter.kill()
+            meter.wait()
 
     def stop(self) -> list[Window]:
         found: list[Window] = []
@@ -52,12 +61,6 @@ def merge(windows: Iterable[Window]) -> list[Window]:
         else:
             merged.append(window)
     return merged
-
-
-def without_stalls(gap: Window, stalls: Sequence[Window]) -> float:
-    """Seconds of a gap in which no processor stood still."""
-    stalled = sum(max(0.0, min(gap.end, stall.end) - max(gap.start, stall.start)) for stall in stalls)
-    return gap.end - gap.start - stalled
 
 
 def _measure(processor: int) -> list[tuple[float, float]]:

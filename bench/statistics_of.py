@@ -44,6 +44,8 @@ class Summary(NamedTuple):
     reload_ms: dict[str, float]
     longest_gap_ms: float
     steady_gap_ms: float = 0.0
+    own_gap_ms: float = 0.0
+    """The longest gap without what of it the machine itself stood still."""
     first_failures: tuple[Failure, ...] = ()
 
     @property
@@ -55,7 +57,7 @@ MAXIMUM_FAILURES = 1000
 """How many are kept with their times; all are counted."""
 
 
-def summarise(exchanges: Sequence[Exchange], windows: Sequence[Window]) -> Summary:
+def summarise(exchanges: Sequence[Exchange], windows: Sequence[Window], stalls: Sequence[Window] = ()) -> Summary:
     inside: list[Exchange] = []
     outside: list[Exchange] = []
     for one in exchanges:
@@ -70,8 +72,19 @@ def summarise(exchanges: Sequence[Exchange], windows: Sequence[Window]) -> Summa
         percentiles(inside),
         longest_gap(exchanges) * 1000,
         max(steady, default=0.0) * 1000,
+        max((without_stalls(Window(*gap), stalls) for gap in _gaps(exchanges)), default=0.0) * 1000,
         tuple(place(one, windows, began) for one in failed[:MAXIMUM_FAILURES]),
     )
+
+
+def without_stalls(gap: Window, stalls: Sequence[Window]) -> float:
+    """Seconds of a gap in which no processor stood still. `stalls` are in order and do not overlap."""
+    left = gap.end - gap.start
+    for stall in stalls[bisect.bisect_right(stalls, gap.start, key=lambda stall: stall.end) :]:
+        if stall.start >= gap.end:
+            break
+        left -= min(gap.end, stall.end) - max(gap.start, stall.start)
+    return left
 
 
 def place(failed: Exchange, windows: Sequence[Window], began: float) -> Failure:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.responses import Outcome, ResponseReader, judge_end, judge_response
-from bench.statistics_of import Exchange, Window, longest_gap, percentiles, summarise
+from bench.stalls import merge
+from bench.statistics_of import Exchange, Window, longest_gap, percentiles, summarise, without_stalls
 
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
@@ -70,3 +71,11 @@ def test_the_longest_gap_is_between_good_answers() -> None:
     assert longest_gap(exchanges) == pytest.approx(2.5)
     assert longest_gap([]) == 0.0
     assert percentiles([]) == {}
+
+
+def test_what_the_machine_stood_still_is_not_the_servers_gap() -> None:
+    stalls = merge([Window(1.0, 2.0), Window(1.5, 3.0), Window(5.0, 6.0)])
+    assert stalls == [Window(1.0, 3.0), Window(5.0, 6.0)]
+    assert without_stalls(Window(0.0, 4.0), stalls) == pytest.approx(2.0)
+    assert without_stalls(Window(2.5, 5.5), stalls) == pytest.approx(2.0)
+    assert without_stalls(Window(3.0, 4.0), stalls) == pytest.approx(1.0)
