@@ -93,6 +93,8 @@ class Channel(Generic[M]):
             raise
 
     def _open_envelope(self, envelope: InMemfd, fds: list[int]) -> M:
+        if not fds:
+            raise ChannelBroken("an envelope came without its memfd")
         memfd = fds.pop(0)
         try:
             message = self._decode(_read_memfd(memfd, envelope.size))

@@ -11,7 +11,7 @@ from handoff.core.worker import MAY_HOLD_CONNECTIONS, WORKER_TABLE, WorkerEvent,
 
 OPEN_SECONDS = 5.0
 """How long a worker may take to confirm that it accepts."""
-DRAIN_GRACE_SECONDS = 2.0
+DRAIN_GRACE_SECONDS = 5.0
 """After its drain deadline a worker closes what is left by itself; this much later it gets TERM."""
 STOP_GRACE_SECONDS = 2.0
 """From TERM, or from the stack dump, to KILL."""

@@ -43,7 +43,9 @@ class MasterLog:
             extra = " ".join(f"{key}={value}" for key, value in fields.items() if value not in ("", None))
             text = f"{_now()} {level:<7} handoff {message}{' ' if extra else ''}{extra}"
         data = text.encode(errors="backslashreplace")[:MAXIMUM_LINE_BYTES] + b"\n"
-        if self._held is not None and len(self._held) < MAXIMUM_HELD_LINES:
+        if self._held is not None and len(self._held) >= MAXIMUM_HELD_LINES:
+            self.release()  # so many lines are worth more than brevity
+        if self._held is not None:
             self._held.append(data)
         else:
             self._write(data)

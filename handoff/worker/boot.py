@@ -20,7 +20,7 @@ from handoff.worker.context import Claims, current
 from handoff.worker.http import HTTPService
 from handoff.worker.library import AsyncWorker, Worker
 from handoff.worker.link import Link
-from handoff.worker.load import BootFailure, add_directory, failure_of, interface_of, load_application
+from handoff.worker.load import BootFailure, add_directory, failure_of, interface_of, is_async, load_application
 from handoff.worker.wsgi import WSGIBridge
 
 _FAILED_STATUS = 1
@@ -79,7 +79,7 @@ async def _run_http(
 
 def _run_main(application: Callable[..., Any], boot: Boot, link: Link, claims: Claims, counters: memoryview) -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(levelname)s: %(message)s generation={boot.generation}")
-    if asyncio.iscoroutinefunction(application):
+    if is_async(application):
 
         async def run() -> None:
             await application(AsyncWorker(boot, link, claims, counters))

@@ -16,13 +16,14 @@ from typing import Any, cast
 from uvicorn.config import Config
 from uvicorn.lifespan.off import LifespanOff
 from uvicorn.lifespan.on import LifespanOn
+from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.settings import Settings
 from handoff.worker.accepting import stop_accepting
 from handoff.worker.check import request_self
 from handoff.worker.link import Link
-from handoff.worker.load import BootFailure
+from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import log_config
 from handoff.worker.protocol import HTTPProtocol, WebSocketProtocol
 from handoff.worker.state import WorkerServerState
@@ -240,6 +241,8 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
     """uvicorn's configuration, loaded. Raises BootFailure for settings that uvicorn does not take."""
     settings = boot.settings
     _check_passed_through(settings)
+    if takes_only_scope(application):
+        application = ASGI2Middleware(application)  # type: ignore[arg-type]  # any callable with this form
     if settings.request_timeout_seconds is not None:
         application = RequestTimeout(application, settings.request_timeout_seconds)
     headers = list(settings.headers)
@@ -251,7 +254,7 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
             **settings.uvicorn,
             http=HTTPProtocol,
             ws="none" if interface == "wsgi" else WebSocketProtocol,
-            interface="asgi3" if interface == "wsgi" or settings.request_timeout_seconds is not None else "auto",
+            interface="asgi3",
             log_config=log_config(boot),
             access_log=settings.access_log,
             forwarded_allow_ips=settings.forwarded_allow_ips,

@@ -46,8 +46,10 @@ class Link:
     def greet(self) -> Boot:
         """Say hello and wait for the boot message. Ends the process when the master goes away meanwhile."""
         self.send(Hello(protocol=PROTOCOL, release=__version__))
+        poll = select.poll()  # select() takes no number above 1023, and the master's numbers are ours
+        poll.register(self._channel, select.POLLIN)
         while True:
-            select.select([self._channel], [], [])
+            poll.poll()
             try:
                 message, _ = self._channel.receive()
             except BlockingIOError:

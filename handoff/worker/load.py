@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -74,20 +75,8 @@ def failure_of(subject: str, error: BaseException) -> BootFailure:
 
 def interface_of(application: Callable[..., Any]) -> KnownInterface:
     """ASGI, WSGI or main(worker), by what the callable takes. Raises BootFailure where that cannot be told."""
-    call = application
-    if not (inspect.isfunction(application) or inspect.ismethod(application) or inspect.isclass(application)):
-        call = type(application).__call__.__get__(application)
-    try:
-        parameters = list(inspect.signature(call).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    required = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    match required:
+    parameters = _parameters(application)
+    match _required(parameters):
         case ["scope"]:
             return "asgi"  # ASGI 2, or a class taking the scope: uvicorn wraps it
         case [_]:
@@ -96,11 +85,36 @@ def interface_of(application: Callable[..., Any]) -> KnownInterface:
             return "wsgi"
         case [_, _, _]:
             return "asgi"
-    if inspect.iscoroutinefunction(call):
+    if is_async(application):
         return "asgi"
     if not parameters:
         raise BootFailure(f"application {_kind(application)}: takes nothing; is it a factory? write it with () behind")
     raise BootFailure(f"application {_kind(application)}: cannot tell ASGI from WSGI; say --interface asgi or wsgi")
+
+
+def is_async(application: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine; also for an instance whose `__call__` is async, and a partial of either."""
+    while isinstance(application, functools.partial):
+        application = application.func
+    return inspect.iscoroutinefunction(application) or inspect.iscoroutinefunction(type(application).__call__)
+
+
+def takes_only_scope(application: Callable[..., Any]) -> bool:
+    """ASGI 2: called with the scope, it gives what takes receive and send."""
+    return not is_async(application) and len(_required(_parameters(application))) == 1
+
+
+def _parameters(application: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What it takes; nothing for a builtin that does not tell."""
+    try:
+        return list(inspect.signature(application).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def _required(parameters: list[inspect.Parameter]) -> list[str]:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [one.name for one in parameters if one.default is one.empty and one.kind in positional]
 
 
 def _import(target: str, name: str) -> ModuleType:

@@ -1,0 +1,71 @@
+"""The shared page of counters."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from handoff.counters import CONNECTIONS, FIELDS, IN_PROGRESS, MAXIMUM_ROWS, REQUESTS, CounterPage, map_row
+
+
+@pytest.fixture
+def page() -> CounterPage:
+    return CounterPage()
+
+
+def test_a_new_page_counts_nothing(page: CounterPage) -> None:
+    assert page.read(page.take_row()) == (0,) * FIELDS
+
+
+def test_what_a_worker_writes_the_master_reads(page: CounterPage) -> None:
+    row = page.take_row()
+    cells = map_row(os.dup(page.fd), row)
+    cells[CONNECTIONS] = 3
+    cells[REQUESTS] = 2**63
+    cells[IN_PROGRESS] += 1
+    assert page.read(row)[:3] == (3, 2**63, 1)
+
+
+def test_mapping_a_row_closes_the_fd(page: CounterPage) -> None:
+    fd = os.dup(page.fd)
+    map_row(fd, 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_row_belongs_to_one_worker_only(page: CounterPage) -> None:
+    first, second = page.take_row(), page.take_row()
+    map_row(os.dup(page.fd), first)[FIELDS - 1] = 7
+    map_row(os.dup(page.fd), second)[0] = 9
+    assert page.read(first) == (*(0,) * (FIELDS - 1), 7)
+    assert page.read(second) == (9, *(0,) * (FIELDS - 1))
+
+
+def test_a_dead_worker_does_not_go_on_counting(page: CounterPage) -> None:
+    row = page.take_row()
+    neighbour = page.take_row()
+    for one in (row, neighbour):
+        cells = map_row(os.dup(page.fd), one)
+        for field in range(FIELDS):
+            cells[field] = 5
+    page.give_back(row)
+    assert page.read(row) == (0,) * FIELDS
+    assert page.read(neighbour) == (5,) * FIELDS
+
+
+def test_a_row_that_was_given_back_is_given_out_again(page: CounterPage) -> None:
+    rows = [page.take_row() for _ in range(MAXIMUM_ROWS)]
+    assert sorted(rows) == list(range(MAXIMUM_ROWS))
+    page.give_back(rows[5])
+    assert page.take_row() == rows[5]
+
+
+def test_a_worker_cannot_write_past_its_row(page: CounterPage) -> None:
+    cells = map_row(os.dup(page.fd), page.take_row())
+    with pytest.raises(IndexError):
+        cells[FIELDS] = 1
+
+
+def test_the_page_is_not_inherited_unless_it_is_meant_to_be(page: CounterPage) -> None:
+    assert not os.get_inheritable(page.fd)
