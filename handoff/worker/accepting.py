@@ -25,11 +25,22 @@ async def stop_accepting(
 
     From the listeners that end with us, who is queued is let in first: closing the last copy would reset them.
     """
+    servers = list(servers)
+    # asyncio drops an accepted socket, without a word, when its task starts after the server was closed (Server._attach
+    # asserts): so first nobody new, then a few turns, then the close. uvloop has no readers there, and no such gap.
+    for server in servers:
+        for serving in server.sockets:
+            asyncio.get_running_loop().remove_reader(serving.fileno())
+    await _let_turns_pass()
     if protocol_factory is not None:
         for listener in ending:
             await _accept_queued(listener, protocol_factory, tls)
     for server in servers:
         server.close()
+    await _let_turns_pass()
+
+
+async def _let_turns_pass() -> None:
     for _ in range(_TURNS):
         await asyncio.sleep(0)
 

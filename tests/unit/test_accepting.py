@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, cast
@@ -108,19 +109,52 @@ def test_clients_accepted_right_before_the_end_reach_their_protocol(
         keeper.setblocking(False)
         await asyncio.sleep(0)  # the loop accepts some of them in this turn; their transports are not made yet
         await stop_accepting([server])
-        queued = 0
         with keeper:
-            while True:
-                try:
-                    connection, _ = keeper.accept()
-                except BlockingIOError:
-                    break
-                connection.close()
-                queued += 1
-        assert len(made) + queued == len(clients), "somebody was accepted and has no protocol"
+            assert len(made) + accept_all(keeper) == len(clients), "somebody was accepted and has no protocol"
         await hang_up(made)
 
     run(main())
+
+
+def test_clients_accepted_in_the_turn_in_which_the_drain_comes_reach_their_protocol(
+    run: Any, listener: socket.socket, connect: Any
+) -> None:
+    """asyncio silently drops an accepted client whose task starts after the server was closed."""
+    made: list[asyncio.Transport] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Counted(made), sock=listener, backlog=4 * COUNT)
+        ours, theirs = socket.socketpair()
+        drain = asyncio.Event()
+
+        def hear() -> None:
+            ours.recv(1)
+            drain.set()
+
+        keeper = listener.dup()
+        with ours, theirs, keeper:
+            keeper.setblocking(False)
+            loop.add_reader(ours, hear)
+            theirs.send(b"x")  # first the drain, then the clients: the loop learns of both in one turn, in this order
+            clients = connect(COUNT)
+            await drain.wait()
+            await stop_accepting([server])
+            assert len(made) + accept_all(keeper) == len(clients), "somebody was accepted and has no protocol"
+            loop.remove_reader(ours)
+        await hang_up(made)
+
+    run(main())
+
+
+def accept_all(listener: socket.socket) -> int:
+    """Accept and close who is queued; how many these were."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
+            count += 1
+    return count
 
 
 def test_a_serving_listener_that_ends_lets_in_everybody(run: Any, listener: socket.socket, connect: Any) -> None:

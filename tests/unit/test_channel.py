@@ -24,6 +24,7 @@ from handoff.channel import (
 from handoff.core.messages import (
     MAXIMUM_INLINE_BYTES,
     MAXIMUM_MESSAGE_BYTES,
+    PROTOCOL,
     Boot,
     Drain,
     Failed,
@@ -41,6 +42,11 @@ from handoff.core.messages import (
     Report,
     cut,
 )
+from handoff.core.vocabulary import FailedSaid, HelloSaid, ProgressSaid, WorkerBroke
+from handoff.master.crew import Crew
+from handoff.master.log import MasterLog
+from handoff.master.loop import Loop, Order
+from handoff.master.processes import WorkerProcess, post_mortem_file
 from handoff.settings import Settings
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -362,3 +368,91 @@ def test_sending_to_a_peer_that_is_gone_raises_and_no_signal_comes(pair: Any) ->
 def test_what_is_cut_keeps_its_end_and_its_limit() -> None:
     assert cut("abc", 3) == "abc"
     assert cut("abcdef", 4) == "…def"
+
+
+# --- a worker of another release ------------------------------------------------------------------------------------
+
+
+class HeardCrew:
+    """A crew with one process, whose worker's end of the channel is ours. Owns both ends."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+        self.loop = Loop()
+        self.crew = Crew(self.loop, MasterLog(fd=os.open(os.devnull, os.O_WRONLY)), self.events.append)
+        ours, theirs = channel_pair()
+        boot = FROM_MASTER[0]
+        assert isinstance(boot, Boot)
+        pidfd = os.pidfd_open(os.getpid())
+        self.process = WorkerProcess(boot.worker, boot, os.getpid(), pidfd, master_end(ours), post_mortem_file())
+        self.crew._processes[boot.worker] = self.process
+        self.worker = worker_end(theirs)
+        self.loop.watch(self.process.channel, Order.CHANNEL, lambda: self.crew._hear(self.process))
+
+    def close(self) -> None:
+        self.loop.close()
+        self.process.close()
+        self.worker.close()
+
+
+@pytest.fixture
+def heard() -> Iterator[HeardCrew]:
+    found = HeardCrew()
+    yield found
+    found.close()
+
+
+def test_a_worker_of_this_protocol_is_greeted_with_its_boot_message(heard: HeardCrew) -> None:
+    heard.worker.send(Hello(protocol=PROTOCOL, release="0.1.0"))
+    heard.loop.turn(0)
+    assert heard.events == [HelloSaid(9)]
+    assert heard.worker.receive() == (FROM_MASTER[0], [])
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 999])
+def test_a_worker_of_another_protocol_is_a_failed_boot_that_names_both_versions(
+    heard: HeardCrew, protocol: int
+) -> None:
+    heard.worker.send(Hello(protocol=protocol, release="9.9.9"))
+    heard.loop.turn(0)
+    (event,) = heard.events
+    assert isinstance(event, FailedSaid)
+    assert f"handoff 9.9.9 speaks protocol {protocol}, this master serves 1" in event.reason
+    assert "\n" not in event.reason
+    with pytest.raises(BlockingIOError):
+        heard.worker.receive()
+
+
+@pytest.mark.parametrize("data", [b"garbage", b'{"type":"in-memfd","size":9}', b'{"type":"ready"}', b"x" * 66_000])
+def test_a_worker_that_sends_garbage_breaks_alone_and_is_not_heard_again(heard: HeardCrew, data: bytes) -> None:
+    send_raw(heard.worker, data)
+    heard.worker.send(Opened())
+    heard.loop.turn(0)
+    heard.loop.turn(0)
+    (event,) = heard.events
+    assert isinstance(event, WorkerBroke)
+    heard.crew.send(9, Open())
+    with pytest.raises(BlockingIOError):
+        heard.worker.receive()
+
+
+def test_fds_that_a_worker_sends_are_closed(heard: HeardCrew) -> None:
+    before = open_fds()
+    heard.worker.send(Progress(step="x", fds=1), [heard.process.pidfd])
+    heard.loop.turn(0)
+    assert heard.events == [ProgressSaid(9, "x")]
+    assert open_fds() == before
+
+
+def test_a_worker_that_closes_its_channel_and_lives_on_is_broken_when_its_time_is_over(heard: HeardCrew) -> None:
+    heard.worker.send(Progress(step="last"))
+    heard.worker.close()
+    heard.loop.turn(0)
+    assert heard.events == [ProgressSaid(9, "last")]
+    deadline = heard.crew.next_deadline()
+    assert deadline is not None
+    heard.crew.check_closed_channels(deadline - 0.001)
+    assert len(heard.events) == 1
+    heard.crew.check_closed_channels(deadline)
+    assert heard.events[1:] == [WorkerBroke(9, "it closed its channel and lives on")]
+    assert heard.crew.next_deadline() is None
