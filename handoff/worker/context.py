@@ -18,6 +18,7 @@ class Claims(Mapping[str, socket.socket]):
         for info in boot.listeners:
             os.set_inheritable(info.fd, False)
             self._sockets[info.name] = socket.socket(fileno=info.fd)
+            self._sockets[info.name].setblocking(False)  # the kernel knows already; Python's object does not
         self.claimed: set[str] = set()
 
     def __getitem__(self, name: str) -> socket.socket:

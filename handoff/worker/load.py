@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import errno
 import functools
@@ -17,6 +18,13 @@ from typing import Any, Literal
 
 from handoff.core.messages import cut
 from handoff.worker.ports import foreign_holder
+
+_OUR_FILES = (
+    "<frozen importlib",
+    "uvloop/",  # compiled: its files are named so
+    *(os.path.dirname(file) + os.sep for file in (os.path.dirname(__file__), asyncio.__file__)),
+)
+"""What is above an application's first frame."""
 
 KnownInterface = Literal["asgi", "wsgi", "handoff"]
 
@@ -158,7 +166,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _trace(error: BaseException) -> str:
-    """The traceback without the frames of handoff and of the import system."""
+    """The traceback from the application's first frame on: not ours, not the import system's, not asyncio's."""
     frames = error.__traceback__
     while frames is not None and _is_ours(frames.tb_frame.f_code.co_filename):
         frames = frames.tb_next
@@ -166,9 +174,7 @@ def _trace(error: BaseException) -> str:
 
 
 def _is_ours(file: str) -> bool:
-    return (
-        file.startswith(("<frozen importlib", os.path.dirname(os.path.dirname(__file__)))) or file == importlib.__file__
-    )
+    return file.startswith(_OUR_FILES) or file == importlib.__file__
 
 
 def add_directory(directory: str) -> None:

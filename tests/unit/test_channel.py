@@ -160,7 +160,7 @@ def test_fds_come_with_their_message_in_order_and_are_close_on_exec(pair: Any) -
 
 def test_a_full_channel_does_not_block_the_sender(pair: Any) -> None:
     master, _ = pair
-    with pytest.raises(BlockingIOError):
+    with pytest.raises(BlockingIOError):  # noqa: PT012
         while True:
             master.send(Report(request=1))
 

@@ -71,7 +71,8 @@ def test_a_target_is_a_module_and_an_attribute(target: str, parts: tuple[str, st
 
 
 @pytest.mark.parametrize(
-    "target", ["main", "", ":", "main:", ":app", "main.py:app", "a/b:app", "main:app:x", "main:1", "main:a b", "main:f(1)"]
+    "target",
+    ["main", "", ":", "main:", ":app", "main.py:app", "a/b:app", "main:app:x", "main:1", "main:a b", "main:f(1)"],
 )
 def test_another_form_of_target_is_refused_with_an_example(target: str) -> None:
     if target == "main.py:app":  # a legal name; that there is no such module is said by the import
@@ -86,7 +87,9 @@ def test_the_named_object_is_loaded(write: Write) -> None:
     assert load_application("loadable:web.app", False).__name__ == "app"
 
 
-@pytest.mark.parametrize(("target", "is_factory"), [("made:create()", False), ("made:create", True), ("made:create()", True)])
+@pytest.mark.parametrize(
+    ("target", "is_factory"), [("made:create()", False), ("made:create", True), ("made:create()", True)]
+)
 def test_a_factory_is_called_once(write: Write, target: str, is_factory: bool) -> None:
     write(
         "made.py",
@@ -194,9 +197,7 @@ def test_a_missing_attribute_without_a_neighbour_gets_no_hint(write: Write) -> N
 
 def test_what_cannot_be_called_is_no_application(write: Write) -> None:
     write("plain.py", "app = {'a': 1}\n")
-    assert failure("plain:app").reason == (
-        "application plain:app: a dict is not callable; name the application object"
-    )
+    assert failure("plain:app").reason == ("application plain:app: a dict is not callable; name the application object")
 
 
 def test_what_cannot_be_called_is_no_factory(write: Write) -> None:

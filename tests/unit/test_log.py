@@ -103,7 +103,9 @@ def test_held_lines_come_in_order_when_they_are_released(pipe: Pipe, make: Calla
     assert [line.split()[-1] for line in pipe.lines()] == ["first", "second", "third"]
 
 
-def test_a_muted_log_says_nothing_of_what_was_held_and_nothing_after(pipe: Pipe, make: Callable[..., MasterLog]) -> None:
+def test_a_muted_log_says_nothing_of_what_was_held_and_nothing_after(
+    pipe: Pipe, make: Callable[..., MasterLog]
+) -> None:
     log = make()
     log.hold()
     log.info("held")

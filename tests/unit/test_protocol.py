@@ -105,7 +105,7 @@ class Bench:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Turn the loop until something holds that is no event."""
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     @asynccontextmanager
