@@ -72,9 +72,19 @@ def summarise(exchanges: Sequence[Exchange], windows: Sequence[Window], stalls: 
         percentiles(inside),
         longest_gap(exchanges) * 1000,
         max(steady, default=0.0) * 1000,
-        max((without_stalls(Window(*gap), stalls) for gap in _gaps(exchanges)), default=0.0) * 1000,
+        own_gap(exchanges, stalls) * 1000,
         tuple(place(one, windows, began) for one in failed[:MAXIMUM_FAILURES]),
     )
+
+
+def own_gap(exchanges: Sequence[Exchange], stalls: Sequence[Window]) -> float:
+    """Seconds of the longest gap, each without its stalls; longest first, so that few need to be looked at."""
+    longest = 0.0
+    for earlier, later in sorted(_gaps(exchanges), key=lambda gap: gap[0] - gap[1]):
+        if later - earlier <= longest:
+            break
+        longest = max(longest, without_stalls(Window(earlier, later), stalls))
+    return longest
 
 
 def without_stalls(gap: Window, stalls: Sequence[Window]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import socket
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
+from handoff.worker import load as load_module
 from handoff.worker.load import (
     BootFailure,
     failure_of,
@@ -161,6 +164,29 @@ def test_a_traceback_shows_the_applications_frames_and_none_of_ours(write: Write
         f'File "{inner}", line 3, in <module>',
         f'File "{inner}", line 2, in connect',
     ]
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_traceback_of_a_coroutine_begins_at_the_application(write: Write, new_loop: Any) -> None:
+    path = write("awaited.py", "async def main():\n    raise OSError('no database')\n")
+    main = load_application("awaited:main", False)
+    with asyncio.Runner(loop_factory=new_loop) as runner, pytest.raises(OSError, match="no database") as caught:
+        runner.run(main())
+    trace = caught.value.__traceback__
+    assert trace is not None
+    caught.value.__traceback__ = trace.tb_next  # the frame of this test
+    lines = [line.strip() for line in failure_of("x", caught.value).trace.splitlines()]
+    assert [line for line in lines if line.startswith("File ")] == [f'File "{path}", line 2, in main']
+
+
+def test_an_application_in_a_directory_that_begins_like_ours_keeps_its_frames() -> None:
+    package = Path(load_module.__file__).parents[1]
+    code = compile("def fail():\n    raise ValueError('x')\n", f"{package}-shop/main.py", "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with pytest.raises(BootFailure) as caught:
+        guarded("x", names["fail"])
+    assert f'File "{package}-shop/main.py", line 2' in caught.value.trace
 
 
 def test_a_traceback_keeps_the_cause_of_an_error(write: Write) -> None:

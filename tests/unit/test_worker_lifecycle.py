@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from handoff.core.fleet import Fleet
+from handoff.core.fleet import DRAIN_GRACE_SECONDS, NOW_GRACE_SECONDS, Fleet
 from handoff.core.generation import Timings
 from handoff.core.machine import IllegalTransition
 from handoff.core.worker import (
@@ -110,11 +110,11 @@ def test_dismissing_is_possible_in_every_state_of_a_living_worker(state: WorkerS
 def test_a_drain_can_be_shortened_and_never_lengthened() -> None:
     fleet, record = Fleet(), record_in(WorkerState.ACCEPTING)
     fleet.drain(record, 30.0, 0.0, "test")
-    assert record.deadline == 32.0
+    assert record.deadline == 30.0 + DRAIN_GRACE_SECONDS
     fleet.drain(record, 60.0, 0.0, "test")
-    assert record.deadline == 32.0
+    assert record.deadline == 30.0 + DRAIN_GRACE_SECONDS
     fleet.drain(record, 0.0, 5.0, "test")
-    assert record.deadline == 6.0
+    assert record.deadline == 5.0 + NOW_GRACE_SECONDS
 
 
 def test_a_worker_that_failed_holds_its_slot_until_it_exits() -> None:
