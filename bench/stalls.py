@@ -1,8 +1,8 @@
 """How long the machine itself stood still: on a shared machine a gap in answers may not be the server's.
 
 One meter for each processor, above all other processes (SCHED_FIFO, which needs root), wakes every millisecond; when
-it wakes late, that processor was not ours (the hypervisor gave it to somebody else). A machine that stands still so
-much that the kernel throttles real-time processes (its log says so) makes the meter itself late: it flatters then. `python -m bench.stalls` prints
+it wakes late, that processor was not ours (the hypervisor gave it to somebody else). Where the kernel throttles
+real-time processes, as its log says, the meter itself is late and flatters. `python -m bench.stalls PROCESSOR` prints
 the intervals as JSON when its standard input is closed.
 """
 
