@@ -55,6 +55,16 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def worker_variables(name: str, generation: int, label: str, slot: int) -> dict[str, str]:
+    """What tells the application who it is; generation 0 is none, only looked at by `handoff check`."""
+    return {
+        "HANDOFF_NAME": name,
+        "HANDOFF_GENERATION": str(generation),
+        "HANDOFF_LABEL": label,
+        "HANDOFF_SLOT": str(slot),
+    }
+
+
 def resolve(launch: Launch) -> Pins:
     """What a new generation is pinned to: symlinks, environment file and configuration as they are at this moment.
 

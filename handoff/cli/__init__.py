@@ -11,6 +11,12 @@ def main() -> None:
         # Before anything else: most of what we import is not there on another system.
         sys.stderr.write(f"handoff: error: runs on Linux only (pidfds, memfds, SCM_RIGHTS); this is {sys.platform}\n")
         raise SystemExit(1)
-    from handoff.cli.commands import run_command
+    from handoff.errors import ExitCode
 
-    raise SystemExit(run_command())
+    try:
+        from handoff.cli.commands import run_command
+
+        status = run_command()
+    except KeyboardInterrupt:  # while all that is imported; later ones become click's Abort
+        status = ExitCode.ABORTED
+    raise SystemExit(status)

@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
+from handoff.addresses import listener_names
+from handoff.cli.options import current_directory
 from handoff.errors import ExitCode
 from handoff.inherited import effective_binds
-from handoff.resolve import make_launch, resolve
+from handoff.resolve import make_launch, resolve, worker_variables
 
 
 @click.command()
@@ -24,11 +26,15 @@ from handoff.resolve import make_launch, resolve
 def check(app: str | None, factory: bool | None, **paths: Any) -> int:
     """Read the configuration and import APP as a worker would, without serving."""
     overrides = {key: value for key, value in (("app", app), ("factory", factory)) if value is not None}
-    launch = make_launch(overrides, argv0=sys.argv[0], cwd=os.getcwd(), environ=os.environ, **paths)
+    launch = make_launch(overrides, argv0=sys.argv[0], cwd=current_directory(), environ=os.environ, **paths)
     pins = resolve(launch)
-    effective_binds(pins.settings.binds, [], pins.directory)
     settings = pins.settings
-    command = [pins.python, "-P", "-m", "handoff.worker.check_import", settings.app, settings.interface]
-    command += ["factory"] if settings.factory else []
-    done = subprocess.run(command, cwd=pins.directory, env=pins.environment, check=False)
+    names = listener_names(effective_binds(settings.binds, [], pins.directory))
+    called = "factory" if settings.factory else "object"
+    command = [pins.python, "-P", "-m", "handoff.worker.check_import", settings.app, settings.interface, called, *names]
+    environment = pins.environment | worker_variables(settings.name, 0, settings.label, 0)
+    # In a group of its own, Ctrl-C reaches only us; nobody wants to see where the import was.
+    done = subprocess.run(
+        command, cwd=pins.directory, env=environment, stdin=subprocess.DEVNULL, process_group=0, check=False
+    )
     return ExitCode.DONE if done.returncode == 0 else ExitCode.FAILED

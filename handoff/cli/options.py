@@ -11,7 +11,7 @@ import click
 
 from handoff.config import load_service_options, service_name
 from handoff.durations import parse_duration
-from handoff.errors import UsageError
+from handoff.errors import HandoffError, UsageError
 from handoff.resolve import make_launch
 from handoff.run_directory import RunDirectory, locate, run_directory_root
 
@@ -49,6 +49,14 @@ def _option_name(param: click.Parameter | None) -> str:
     return param.opts[-1] if param is not None else "value"
 
 
+def current_directory() -> str:
+    """Where the command was typed. Raises HandoffError when somebody removed it meanwhile, with an old release say."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise HandoffError("current directory: is gone; change to one that exists and try again") from None
+
+
 def service_options(command: F) -> F:
     """`--name` and `--run-dir`: which service a command talks to."""
     command = click.option("--run-dir", metavar="DIR", help="Where services keep their control sockets.")(command)
@@ -58,7 +66,7 @@ def service_options(command: F) -> F:
 def find_service(name: str | None, run_dir: str | None) -> RunDirectory:
     """The running service that a command means. Raises HandoffError (no such service)."""
     launch = make_launch(
-        {"name": name} if name is not None else {}, argv0=sys.argv[0], cwd=os.getcwd(), environ=os.environ
+        {"name": name} if name is not None else {}, argv0=sys.argv[0], cwd=current_directory(), environ=os.environ
     )
     if name is None:
         name = service_name(launch, launch.directory)
@@ -68,6 +76,6 @@ def find_service(name: str | None, run_dir: str | None) -> RunDirectory:
 def service_root(run_dir: str | None) -> Any:
     """The directory of all services: the option, else the configuration of the current directory, else the default."""
     if run_dir is None:
-        launch = make_launch({}, argv0=sys.argv[0], cwd=os.getcwd(), environ=os.environ)
+        launch = make_launch({}, argv0=sys.argv[0], cwd=current_directory(), environ=os.environ)
         run_dir = load_service_options(launch, launch.directory).run_dir
     return run_directory_root(run_dir, os.environ, os.geteuid())

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from handoff.cli.options import Duration, Surge
+from handoff.cli.options import Duration, Surge, current_directory
 from handoff.config import load_service_options, load_settings
 from handoff.errors import ExitCode
 from handoff.inherited import take_inherited
@@ -81,7 +81,7 @@ def run(**options: Any) -> int:
     launch = make_launch(
         _overrides(options),
         argv0=sys.argv[0],
-        cwd=os.getcwd(),
+        cwd=current_directory(),
         environ=os.environ,
         **{key: options[key] for key in _NOT_SETTINGS},
     )

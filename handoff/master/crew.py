@@ -40,6 +40,7 @@ from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.master.processes import WorkerProcess, post_mortem_file
 from handoff.master.spawn import CHANNEL_VARIABLE, POST_MORTEM_VARIABLE, Command, spawn
+from handoff.resolve import worker_variables
 from handoff.settings import Pins
 
 CLOSED_CHANNEL_SECONDS = 5.0
@@ -90,12 +91,8 @@ class Crew:
     def _start(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener]) -> WorkerProcess:
         ours, theirs = channel_pair()
         post_mortem = post_mortem_file()
-        environment = dict(pins.environment)
+        environment = pins.environment | worker_variables(pins.settings.name, action.generation, label, action.slot)
         environment |= {
-            "HANDOFF_NAME": pins.settings.name,
-            "HANDOFF_GENERATION": str(action.generation),
-            "HANDOFF_LABEL": label,
-            "HANDOFF_SLOT": str(action.slot),
             CHANNEL_VARIABLE: str(theirs.fileno()),
             POST_MORTEM_VARIABLE: str(post_mortem),
         }

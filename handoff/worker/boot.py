@@ -21,6 +21,7 @@ from handoff.worker.http import HTTPService
 from handoff.worker.library import AsyncWorker, Worker
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, add_directory, failure_of, interface_of, is_async, load_application
+from handoff.worker.logs import configure_program
 from handoff.worker.wsgi import WSGIBridge
 
 _FAILED_STATUS = 1
@@ -78,7 +79,7 @@ async def _run_http(
 
 
 def _run_main(application: Callable[..., Any], boot: Boot, link: Link, claims: Claims, counters: memoryview) -> None:
-    logging.basicConfig(level=logging.INFO, format=f"%(levelname)s: %(message)s generation={boot.generation}")
+    configure_program(boot)
     if is_async(application):
 
         async def run() -> None:

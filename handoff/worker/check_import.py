@@ -1,18 +1,25 @@
-"""`python -P -m handoff.worker.check_import APP INTERFACE [factory]`: import the application, say what it is."""
+"""`python -P -m handoff.worker.check_import APP INTERFACE factory|object NAME…`: import it, say what it is.
+
+The names are those of the listeners that it may take.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
+from handoff.worker.context import current
 from handoff.worker.load import BootFailure, add_directory, interface_of, load_application
 
 
 def main(arguments: list[str]) -> int:
-    target, interface, *rest = arguments
+    target, interface, called, *names = arguments
+    # Not the service's own addresses, which may be in use by it just now.
+    current.claims = {name: socket.create_server(("127.0.0.1", 0)) for name in names}
     add_directory(os.getcwd())
     try:
-        application = load_application(target, "factory" in rest)
+        application = load_application(target, called == "factory")
         found = interface_of(application) if interface == "auto" else interface
     except BootFailure as failure:
         if failure.trace:

@@ -49,7 +49,7 @@ class Claims(Mapping[str, socket.socket]):
 class _Current:
     """The one worker that this process is, for `handoff.listener`, which an application calls while it is imported."""
 
-    claims: Claims | None = None
+    claims: Mapping[str, socket.socket] | None = None
 
 
 current = _Current()

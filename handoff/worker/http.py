@@ -24,7 +24,7 @@ from handoff.worker.accepting import stop_accepting
 from handoff.worker.check import request_self
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
-from handoff.worker.logs import log_config
+from handoff.worker.logs import BAD_CONFIGURATION, log_config
 from handoff.worker.protocol import HTTPProtocol, WebSocketProtocol
 from handoff.worker.state import WorkerServerState
 from handoff.worker.timeout import RequestTimeout
@@ -265,7 +265,7 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
             headers=headers,
         )
         config.load()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except BAD_CONFIGURATION as error:
         raise BootFailure(f"uvicorn does not take these settings: {error}") from None
     assert config.lifespan_class in (LifespanOn, LifespanOff)
     return config

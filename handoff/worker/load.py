@@ -33,8 +33,8 @@ class BootFailure(Exception):
     """The worker cannot serve. `trace` holds frames of the application, where the fault is in its code."""
 
     def __init__(self, reason: str, trace: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
+        self.reason = " ".join(reason.split())  # it goes into one line, whatever an exception says
+        super().__init__(self.reason)
         self.trace = trace
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from typing import Any
 
+from uvicorn.config import Config
+
 from handoff.core.messages import Boot
+from handoff.worker.load import BootFailure
+
+BAD_CONFIGURATION = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError)
+"""What uvicorn and logging.config raise for a configuration that they cannot take."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -35,12 +42,20 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
+def _suffix(boot: Boot) -> str:
+    """Which version wrote a line: the end of a format of logging."""
+    text = f" generation={boot.generation}" + (f" label={boot.label}" if boot.label else "")
+    return text.replace("%", "%%")
+
+
 def log_config(boot: Boot) -> dict[str, Any] | str:
-    """What uvicorn's Config takes as `log_config`: the operator's own file, or ours."""
-    if boot.settings.log_config is not None:
-        return boot.settings.log_config
-    suffix = f" generation={boot.generation}" + (f" label={boot.label}" if boot.label else "")
-    suffix = suffix.replace("%", "%%")
+    """What uvicorn's Config takes as `log_config`: the operator's own file, or ours. Raises BootFailure."""
+    file = boot.settings.log_config
+    if file is not None:
+        if not os.path.isfile(file):  # logging.config says KeyError: 'formatters'
+            raise BootFailure(f"log configuration {file}: is not a file; create it or give another with --log-config")
+        return file
+    suffix = _suffix(boot)
     if boot.settings.log_format == "json":
         formatter = {"()": JsonFormatter, "generation": boot.generation, "label": boot.label}
         formatters: dict[str, Any] = {"default": formatter, "access": formatter}
@@ -64,3 +79,19 @@ def log_config(boot: Boot) -> dict[str, Any] | str:
             "uvicorn.access": {"handlers": ["access"], "level": "INFO", "propagate": False},
         },
     }
+
+
+def configure_program(boot: Boot) -> None:
+    """Logging of a program with main(worker): the operator's own file, or all loggers in our format on stderr."""
+    if boot.settings.log_config is not None:
+        try:
+            Config("", log_config=log_config(boot))
+        except BAD_CONFIGURATION as error:
+            raise BootFailure(f"log configuration {boot.settings.log_config}: {error}") from None
+        return
+    handler = logging.StreamHandler()
+    if boot.settings.log_format == "json":
+        handler.setFormatter(JsonFormatter(boot.generation, boot.label))
+    else:
+        handler.setFormatter(logging.Formatter(f"%(levelname)s: %(message)s{_suffix(boot)}"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -132,12 +132,18 @@ class Service:
         """Start, and wait for the first commit."""
         self.launch()
         found = self.stderr.wait_for(r'handoff serving .*addresses=(\S+)|"serving".*"addresses": "([^"]*)"')
-        ports = re.findall(r":(\d+)", found.group(1) or found.group(2))
+        ports = re.findall(r":(\d+)", found.group(1) or found.group(2) or "")
         self.port = int(ports[0]) if ports else 0
         return self
 
     def __enter__(self) -> Service:
-        return self.start() if self.process is None else self
+        if self.process is None:
+            try:
+                self.start()
+            except BaseException:
+                self.__exit__()  # `with` calls it only for what was entered
+                raise
+        return self
 
     def __exit__(self, *_: object) -> None:
         assert self.process is not None
