@@ -25,6 +25,12 @@ def print_status(answer: StatusAnswer, usages: Mapping[int, Mapping[str, Any]]) 
     if answer.last_verdict is not None:
         verdict = answer.last_verdict
         console.print(f"last verdict: {verdict.message} ({verdict.seconds:.2f} s)", markup=False)
+    moves = answer.moves
+    if moves.moved or moves.waiting or moves.adopted or moves.refused:
+        console.print(
+            f"live connections: {moves.moved} moved, {moves.waiting} waiting, {moves.adopted} adopted, "
+            f"{moves.refused} refused"
+        )
     if answer.dropped_log_lines:
         console.print(f"log lines dropped: {answer.dropped_log_lines}", markup=False)
     for generation in answer.generations:

@@ -58,6 +58,12 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     connections: int
     requests: int
     in_progress: int
+    moved: int = 0
+    """Connections handed over to other workers."""
+    waiting: int = 0
+    """Connections to be handed over that wait for room."""
+    adopted: int = 0
+    refused: int = 0
     interface: str = ""
     holds: tuple[Hold, ...] = ()
     holds_total: int = 0
@@ -81,6 +87,15 @@ class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):
     address: str
 
 
+class MovesStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Live connections, over all workers since the master started. `waiting`: now."""
+
+    moved: int = 0
+    waiting: int = 0
+    adopted: int = 0
+    refused: int = 0
+
+
 class StatusAnswer(msgspec.Struct, frozen=True, tag_field="type", tag="status-answer", kw_only=True):
     name: str
     pid: int
@@ -92,6 +107,7 @@ class StatusAnswer(msgspec.Struct, frozen=True, tag_field="type", tag="status-an
     listeners: tuple[ListenerStatus, ...]
     generations: tuple[GenerationStatus, ...]
     last_verdict: Answer | None
+    moves: MovesStatus
     dropped_log_lines: int
     open_fds: int
 

@@ -46,6 +46,8 @@ class Ready(Message, frozen=True, tag="ready"):
     interface: str
     unserved: tuple[str, ...] = ()
     """Names of listeners that the application does not serve."""
+    adopts: tuple[str, ...] = ()
+    """Kinds of live connections that it can take over (handoff.core.moves)."""
 
 
 class Opened(Message, frozen=True, tag="opened"):
@@ -99,6 +101,8 @@ class Boot(Message, frozen=True, tag="boot"):
     listeners: tuple[ListenerInfo, ...]
     counters_fd: int
     counters_row: int
+    mailbox_fd: int
+    """The reading end of its slot's mailbox, inherited."""
 
 
 class Open(Message, frozen=True, tag="open"):
@@ -111,6 +115,25 @@ class Drain(Message, frozen=True, tag="drain"):
     seconds: float
     ending: tuple[str, ...] = ()
     """Names of listeners that nobody accepts from after this drain: who is queued there is still let in."""
+    moves: bool = False
+    """Connections may move to receivers, who are told of in a message of their own, now or later."""
+
+
+class ReceiverInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker that connections may be handed over to. `mailbox` is the number of its mailbox."""
+
+    mailbox: int
+    row: int
+    """Its row in the page of counters."""
+    adopts: tuple[str, ...]
+    is_new: bool
+    """The writing end of the mailbox comes with this message; otherwise it came with an earlier one."""
+
+
+class Receivers(Message, frozen=True, tag="receivers"):
+    """All of them, in the order of their slots: who is not in the list any more is not to be sent anything."""
+
+    receivers: tuple[ReceiverInfo, ...]
 
 
 class Report(Message, frozen=True, tag="report"):
@@ -120,7 +143,7 @@ class Report(Message, frozen=True, tag="report"):
 
 
 WorkerMessage = Hello | Progress | Ready | Opened | Leaving | Failed | Holds
-MasterMessage = Boot | Open | Drain | Report
+MasterMessage = Boot | Open | Drain | Receivers | Report
 
 
 class InMemfd(Message, frozen=True, tag="in-memfd"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core.messages import (
@@ -72,15 +73,26 @@ class Crew:
     def counters(self, process: WorkerProcess) -> tuple[int, ...]:
         return self._counters.read(process.boot.counters_row)
 
+    def total(self, field: int) -> int:
+        """Over all workers since the start; for a field that only grows."""
+        return self._counters.gone(field) + sum(self.counters(process)[field] for process in self)
+
     def next_deadline(self) -> float | None:
         return min(self._closed_deadlines.values(), default=None)
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
-    def spawn(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener]) -> None:
-        """Start a worker. Where no process can be had, that is told as an exit."""
+    def spawn(
+        self,
+        action: Spawn,
+        pins: Pins,
+        label: str,
+        listeners: Mapping[str, Listener],
+        mailbox_fd: Callable[[], int],
+    ) -> None:
+        """Start a worker. Where no process, or no fd for it, can be had, that is told as an exit."""
         try:
-            process = self._start(action, pins, label, listeners)
+            process = self._start(action, pins, label, listeners, mailbox_fd())
         except OSError as error:
             self._on_event(WorkerExited(action.worker, f"could not be started: {error.strerror}"))
             return
@@ -88,7 +100,9 @@ class Crew:
         self._loop.watch(process.channel, Order.CHANNEL, lambda: self._hear(process))
         self._loop.watch(process.pidfd, Order.EXIT, lambda: self._ended(process))
 
-    def _start(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener]) -> WorkerProcess:
+    def _start(
+        self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener], mailbox_fd: int
+    ) -> WorkerProcess:
         ours, theirs = channel_pair()
         post_mortem = post_mortem_file()
         environment = pins.environment | worker_variables(pins.settings.name, action.generation, label, action.slot)
@@ -105,7 +119,7 @@ class Crew:
             pins.directory,
             environment,
             theirs.fileno(),
-            [*inherited, self._counters.fd, post_mortem],
+            [*inherited, self._counters.fd, post_mortem, mailbox_fd],
         )
         try:
             pid, pidfd = spawn(command)
@@ -115,10 +129,10 @@ class Crew:
             raise
         finally:
             theirs.close()
-        boot = self._boot(action, pins, label, listeners)
+        boot = self._boot(action, pins, label, listeners, mailbox_fd)
         return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem)
 
-    def _boot(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener]) -> Boot:
+    def _boot(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener], mailbox_fd: int) -> Boot:
         return Boot(
             generation=action.generation,
             label=label,
@@ -131,20 +145,26 @@ class Crew:
             ),
             counters_fd=self._counters.fd,
             counters_row=self._counters.take_row(),
+            mailbox_fd=mailbox_fd,
         )
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
     def send(self, worker: int, message: Message) -> None:
+        if not self.pass_on(worker, message):  # it does not read; its deadline ends it
+            self._log.warning("channel full; message dropped", worker=worker)
+
+    def pass_on(self, worker: int, message: Message, fds: Sequence[int] = ()) -> bool:
+        """Send a message and fds, which are borrowed. False when that may succeed later."""
         process = self._processes.get(worker)
         if process is None or not process.is_channel_open:
-            return
+            return True
         try:
-            process.channel.send(message)
-        except BlockingIOError:  # it does not read; its deadline ends it
-            self._log.warning("channel full; message dropped", worker=worker, pid=process.pid)
-        except OSError:
-            return  # it is gone; its exit is on the way
+            process.channel.send(message, fds)
+        except OSError as error:
+            # Anything else: it is gone, and its exit is on the way.
+            return error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS)
+        return True
 
     def signal(self, worker: int, which: Signal) -> None:
         process = self._processes.get(worker)
@@ -190,7 +210,7 @@ class Crew:
     def _pass_on(self, process: WorkerProcess, message: WorkerMessage) -> None:
         match message:
             case Ready():
-                process.interface = message.interface
+                process.interface, process.adopts = message.interface, message.adopts
                 for name in message.unserved:
                     self._log.warning("listener is not served by the application", listener=name)
                 self._on_event(ReadySaid(process.worker))

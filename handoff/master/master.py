@@ -45,6 +45,7 @@ from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration, Preparer
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
+from handoff.master.mailboxes import Mailboxes
 from handoff.master.processes import reap_strangers
 from handoff.master.signals import SignalSocket
 from handoff.master.status import StatusDesk
@@ -116,6 +117,7 @@ class Master:
         self._supervisor = Supervisor()
         self._events: deque[Event] = deque()
         self._crew = Crew(loop, log, self._events.append)
+        self._mailboxes = Mailboxes(self._supervisor, self._crew, loop, log)
         self._generations: dict[int, PreparedGeneration] = {}
         """All that are not gone, and the one that a rollback goes back to."""
         self._exit: Exit | None = None
@@ -136,13 +138,16 @@ class Master:
             self._crew.check_closed_channels(now)
             self._events.append(Tick())
             self._handle_events()
+            self._mailboxes.check(now)
             self._status.check(now)
+        self._mailboxes.close()
         self._log.release()
         verdict = self._supervisor.last_verdict
         return self._exit, verdict.traceback if verdict is not None else ""
 
     def _timeout_seconds(self) -> float | None:
-        deadlines = (self._supervisor.next_deadline(), self._crew.next_deadline(), self._status.next_deadline())
+        sources = (self._supervisor, self._crew, self._mailboxes, self._status)
+        deadlines = [source.next_deadline() for source in sources]
         earliest = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return None if earliest is None else max(0.0, earliest - time.monotonic())
 
@@ -196,12 +201,16 @@ class Master:
                 self._prepare(action)
             case Spawn():
                 prepared = self._generations[action.generation]
-                self._crew.spawn(action, prepared.pins, prepared.label, prepared.listeners)
+                slot = (action.generation, action.slot)
+                self._crew.spawn(
+                    action, prepared.pins, prepared.label, prepared.listeners, lambda: self._mailboxes.reader_fd(slot)
+                )
             case Open():
                 self._crew.send(action.worker, messages.Open())
             case Drain():
                 ending = self._ending_listeners(action.worker)
-                self._crew.send(action.worker, messages.Drain(seconds=action.seconds, ending=ending))
+                moves = not self._supervisor.is_stopping
+                self._crew.send(action.worker, messages.Drain(seconds=action.seconds, ending=ending, moves=moves))
             case SendSignal():
                 self._crew.signal(action.worker, action.signal)
             case Committed():

@@ -28,6 +28,7 @@ class WorkerProcess:
     post_mortem_fd: int
     is_channel_open: bool = True
     interface: str = ""
+    adopts: tuple[str, ...] = ()
     holds: Holds | None = field(default=None)
 
     def send_signal(self, which: Signal) -> None:

@@ -11,7 +11,7 @@ from handoff.core import control
 from handoff.core.messages import Report
 from handoff.core.supervisor import Supervisor
 from handoff.core.worker import WorkerRecord, WorkerState
-from handoff.counters import CONNECTIONS, IN_PROGRESS, REQUESTS
+from handoff.counters import ADOPTED, CONNECTIONS, IN_PROGRESS, MOVED, REFUSED, REQUESTS, WAITING
 from handoff.listeners import ListenerSet
 from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration
@@ -101,6 +101,12 @@ class StatusDesk:
             ),
             generations=tuple(self._generation(number, now) for number in supervisor.fleet.generations),
             last_verdict=self._last_verdict(),
+            moves=control.MovesStatus(
+                moved=self._crew.total(MOVED),
+                waiting=sum(self._crew.counters(process)[WAITING] for process in self._crew),
+                adopted=self._crew.total(ADOPTED),
+                refused=self._crew.total(REFUSED),
+            ),
             dropped_log_lines=self._log.dropped,
             open_fds=len(os.listdir("/proc/self/fd")) - 1,
         )
@@ -148,6 +154,10 @@ class StatusDesk:
             connections=cells[CONNECTIONS],
             requests=cells[REQUESTS],
             in_progress=cells[IN_PROGRESS],
+            moved=cells[MOVED],
+            waiting=cells[WAITING],
+            adopted=cells[ADOPTED],
+            refused=cells[REFUSED],
             interface=process.interface,
             holds=process.holds.holds if process.holds else (),
             holds_total=process.holds.total if process.holds else 0,

@@ -15,7 +15,7 @@ from uvicorn.logging import DefaultFormatter  # noqa: F401  (handoff's and uvico
 
 from handoff.channel import worker_end
 from handoff.core.messages import Boot, Failed
-from handoff.counters import map_row
+from handoff.counters import WorkerCounters
 from handoff.worker.context import Claims, current
 from handoff.worker.http import HTTPService
 from handoff.worker.library import AsyncWorker, Worker
@@ -50,7 +50,8 @@ def _serve(boot: Boot, link: Link) -> None:
     settings = boot.settings
     claims = Claims(boot)
     current.claims = claims
-    counters = map_row(boot.counters_fd, boot.counters_row)
+    counters = WorkerCounters(boot.counters_fd, boot.counters_row)
+    os.set_inheritable(boot.mailbox_fd, False)
     add_directory(os.getcwd())
     application = load_application(settings.app, settings.factory)
     interface = interface_of(application) if settings.interface == "auto" else settings.interface
@@ -64,7 +65,7 @@ def _serve(boot: Boot, link: Link) -> None:
 
 
 async def _run_http(
-    application: Callable[..., Any], boot: Boot, interface: str, link: Link, claims: Claims, counters: memoryview
+    application: Callable[..., Any], boot: Boot, interface: str, link: Link, claims: Claims, counters: WorkerCounters
 ) -> None:
     listeners = claims.unclaimed()
     service = HTTPService(application, boot, interface, link, listeners, counters)
@@ -78,16 +79,18 @@ async def _run_http(
         raise failure_of("start-up", error) from error
 
 
-def _run_main(application: Callable[..., Any], boot: Boot, link: Link, claims: Claims, counters: memoryview) -> None:
+def _run_main(
+    application: Callable[..., Any], boot: Boot, link: Link, claims: Claims, counters: WorkerCounters
+) -> None:
     configure_program(boot)
     if is_async(application):
 
         async def run() -> None:
-            await application(AsyncWorker(boot, link, claims, counters))
+            await application(AsyncWorker(boot, link, claims, counters.own))
 
         _guard_until_open(link, lambda: _run(boot, run))
     else:
-        worker = Worker(boot, link, claims, counters)
+        worker = Worker(boot, link, claims, counters.own)
         _guard_until_open(link, lambda: application(worker))
 
 

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
+from itertools import islice
 from typing import Any, cast
 
 from uvicorn.config import Config
@@ -19,20 +20,28 @@ from uvicorn.lifespan.on import LifespanOn
 from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
+from handoff.core.moves import HTTP, AnyState
+from handoff.counters import CONNECTIONS, WorkerCounters
 from handoff.settings import Settings
 from handoff.worker.accepting import stop_accepting
+from handoff.worker.adopter import Adopter
+from handoff.worker.balance import shares
 from handoff.worker.check import request_self
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import BAD_CONFIGURATION, log_config
 from handoff.worker.protocol import HTTPProtocol, WebSocketProtocol
 from handoff.worker.state import WorkerServerState
+from handoff.worker.tested import can_move
 from handoff.worker.timeout import RequestTimeout
 
 LINGER_SECONDS = 2.0
 """How long an idle kept-alive connection may still send a request after a drain began."""
 CUT_OFF_SECONDS = 0.5
 """After the deadline: for the close frames of WebSockets and the cancelled tasks."""
+SENT_PER_TURN = 32
+"""How many connections are handed over in one turn of the loop, so that the others' clients do not wait."""
+BALANCE_SECONDS = 0.1
 _TICK_SECONDS = 0.5
 
 Application = Callable[..., Any]
@@ -48,14 +57,18 @@ class HTTPService:
         interface: str,
         link: Link,
         listeners: Mapping[str, socket.socket],
-        counters: memoryview,
+        counters: WorkerCounters,
     ) -> None:
         self._settings = boot.settings
         self._interface = interface
         self._link = link
         self._listeners = listeners
         self._config = uvicorn_config(application, boot, interface)
-        self._state = WorkerServerState(counters)
+        self._counters, self._row = counters, boot.counters_row
+        self._state = WorkerServerState(counters.own)
+        self._adopter = Adopter(socket.socket(fileno=boot.mailbox_fd), self._adopt, counters.own)
+        self._adopting: set[asyncio.Task[Any]] = set()
+        self._adopts = (HTTP,) if can_move(boot.slot) else ()
         self._changed = asyncio.Event()
         self._servers: list[asyncio.Server] = []
 
@@ -64,6 +77,7 @@ class HTTPService:
         loop = asyncio.get_running_loop()
         self._link.on_change = self._link_changed
         self._link.on_report = self._report
+        self._link.on_receivers = self._state.mover.update
         loop.add_reader(self._link.fileno(), self._link.read)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminated, number)
@@ -94,7 +108,7 @@ class HTTPService:
             self._link.send(Progress(step=f"checking {self._settings.check}"))
             await request_self(self._protocol, self._settings.check, "check", self._settings.check_timeout_seconds)
         self._state.total_requests = 0
-        self._link.send(Ready(interface=self._interface))
+        self._link.send(Ready(interface=self._interface, adopts=self._adopts))
 
     async def _start_lifespan(self) -> None:
         errors = _ErrorCollector()
@@ -135,7 +149,23 @@ class HTTPService:
                 self._protocol, sock=listener, ssl=self._config.ssl, backlog=self._settings.backlog
             )
             self._servers.append(server)
+        self._adopter.start()
         self._link.send(Opened())
+        self._balance()
+
+    def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
+        """Take over a connection; its fds are ours."""
+        connection = socket.socket(fileno=fds[0])
+        connection.setblocking(False)
+        protocol = HTTPProtocol(self._config, self._state, self._lifespan.state, adopted=(state, data))
+        task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopted)
+
+    def _adopted(self, task: asyncio.Task[Any]) -> None:
+        self._adopting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logging.getLogger("uvicorn.error").warning("a connection could not be taken over: %s", error)
 
     def _tick(self) -> None:
         """The Date header, the counters, and the limit of requests: twice a second."""
@@ -149,6 +179,25 @@ class HTTPService:
         if limit is not None and self._state.total_requests >= limit:
             self._link.leave(f"served {limit} requests", self._settings.drain_timeout_seconds)
         asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
+
+    def _balance(self) -> None:
+        """Hand quiet connections to siblings that have fewer: several times a second, as long as we accept."""
+        if self._link.is_draining:
+            return
+        asyncio.get_running_loop().call_later(BALANCE_SECONDS, self._balance)
+        connections = [one for one in self._state.connections if isinstance(one, HTTPProtocol)]
+        for connection in connections:
+            connection.cancel_move()  # it had its time; another one may be quicker
+        mover = self._state.mover
+        if not self._adopts or not mover.takes(HTTP) or mover.has_unread():
+            return
+        counts = {info.row: self._counters.read(info.row, CONNECTIONS) for info in mover.receivers}
+        counts[self._row] = self._counters.own[CONNECTIONS]
+        movable = iter(sorted((one for one in connections if one.is_movable), key=HTTPProtocol.is_busy))
+        for row, number in shares(counts, self._row).items():
+            mailbox = next(info.mailbox for info in mover.receivers if info.row == row)
+            for connection in islice(movable, number):
+                connection.begin_move(mailbox)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -165,13 +214,14 @@ class HTTPService:
 
     async def _drain(self) -> None:
         state = self._state
-        remaining = self._remaining()
         state.is_draining = True
-        state.linger_seconds = min(LINGER_SECONDS, remaining)
+        state.linger_seconds = min(LINGER_SECONDS, self._remaining())
+        if self._link.moves:
+            self._adopter.stop()  # our replacement reads on, or the master
+        else:
+            self._adopter.take_all()
         ending = [self._listeners[name] for name in self._link.ending_listeners if name in self._listeners]
         await stop_accepting(self._servers, ending, self._protocol, self._config.ssl)
-        for connection in list(state.connections):
-            _ours(connection).begin_drain()
         await self._until_idle()
         if state.connections or state.tasks:
             await self._cut_off()
@@ -183,17 +233,49 @@ class HTTPService:
 
     async def _until_idle(self) -> None:
         """Until no connection and no task is left, or the deadline, which a later message may bring nearer."""
-        while (self._state.connections or self._state.tasks) and self._remaining() > 0:
+        while not self._is_idle() and self._remaining() > 0:
+            await self._send_away()
             self._state.emptied.clear()
             self._changed.clear()
+            if self._is_idle():
+                return
             waiters: set[asyncio.Future[Any]] = {asyncio.ensure_future(self._changed.wait())}
-            if self._state.connections:
+            if self._state.connections or self._adopting:
                 waiters.add(asyncio.ensure_future(self._state.emptied.wait()))
+                waiters |= self._adopting
             else:
                 waiters.add(asyncio.ensure_future(asyncio.wait(set(self._state.tasks))))
-            await asyncio.wait(waiters, timeout=self._remaining(), return_when=asyncio.FIRST_COMPLETED)
-            for waiter in waiters:
+            await asyncio.wait(waiters, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
+            for waiter in waiters - self._adopting:
                 waiter.cancel()
+
+    def _is_idle(self) -> bool:
+        return not (self._state.connections or self._state.tasks or self._adopting)
+
+    async def _send_away(self) -> None:
+        """Connections move where somebody takes them; otherwise they end here, when nobody can be hoped for."""
+        state = self._state
+        if self._link.moves and self._adopts and state.mover.takes(HTTP):
+            state.leave = HTTPProtocol.begin_move
+        elif not self._link.moves or not self._adopts or self._remaining() <= LINGER_SECONDS:
+            state.leave = HTTPProtocol.begin_drain
+        else:
+            return
+        for number, connection in enumerate(list(state.connections)):
+            if number % SENT_PER_TURN == SENT_PER_TURN - 1:
+                await asyncio.sleep(0)
+            one = _ours(connection)
+            if isinstance(one, HTTPProtocol):
+                state.leave(one)
+            else:
+                one.begin_drain()
+
+    def _patience(self) -> float:
+        """How long to wait for a change: until the deadline, or until receivers are not hoped for any more."""
+        remaining = self._remaining()
+        if self._state.leave is None and remaining > LINGER_SECONDS:
+            return remaining - LINGER_SECONDS
+        return remaining
 
     async def _cut_off(self) -> None:
         for connection in list(self._state.connections):

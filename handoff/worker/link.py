@@ -9,14 +9,28 @@ import time
 from collections.abc import Callable
 
 from handoff.channel import Channel, ChannelBroken, ChannelClosed
-from handoff.core.messages import PROTOCOL, Boot, Drain, Hello, Holds, Leaving, MasterMessage, Message, Open, Report
+from handoff.core.messages import (
+    PROTOCOL,
+    Boot,
+    Drain,
+    Hello,
+    Holds,
+    Leaving,
+    MasterMessage,
+    Message,
+    Open,
+    Receivers,
+    Report,
+)
 from handoff.version import __version__
 
 
 class Link:
-    """Facts: `is_open` (the generation is live: accept), `drain_deadline` (monotonic; None while serving).
+    """Facts: `is_open` (the generation is live: accept), `drain_deadline` (monotonic; None while serving), `moves`
+    (a drain may hand connections over).
 
-    `on_change` is called after a message changed one of them; `on_report` makes the answer to a status request.
+    `on_change` is called after a message changed one of them; `on_report` makes the answer to a status request;
+    `on_receivers` takes a list of receivers, and owns its fds.
     Owns the channel.
     """
 
@@ -26,9 +40,11 @@ class Link:
         self.is_orphan = False
         self.drain_deadline: float | None = None
         self.orphan_drain_seconds = 0.0
+        self.moves = True
         self.ending_listeners: tuple[str, ...] = ()
         """Nobody accepts from these after us."""
         self.on_change: Callable[[], None] = lambda: None
+        self.on_receivers: Callable[[Receivers, list[int]], None] = _close_all
         self.on_report: Callable[[int], Holds] = lambda request: Holds(request=request, total=0, holds=())
 
     def fileno(self) -> int:
@@ -72,18 +88,22 @@ class Link:
                 self._orphaned()
                 changed = True
                 break
+            if isinstance(message, Receivers):
+                self.on_receivers(message, fds)
+                changed = True
+                continue
             for fd in fds:
                 os.close(fd)
             changed = self._take(message) or changed
         if changed:
             self.on_change()
 
-    def _take(self, message: MasterMessage) -> bool:
+    def _take(self, message: Boot | Open | Drain | Report) -> bool:
         match message:
             case Open():
                 self.is_open = True
             case Drain():
-                self.ending_listeners = message.ending
+                self.ending_listeners, self.moves = message.ending, message.moves
                 self.drain(message.seconds)
             case Report():
                 self.send(self.on_report(message.request))
@@ -94,7 +114,7 @@ class Link:
 
     def _orphaned(self) -> None:
         """The master is dead, and nobody can adopt us yet: make room for a new one, but lose nothing."""
-        self.is_orphan = True
+        self.is_orphan, self.moves = True, False
         self.drain(self.orphan_drain_seconds)
 
     def drain(self, seconds: float) -> None:
@@ -109,3 +129,9 @@ class Link:
             self.send(Leaving(reason=reason))
             self.drain(seconds)
             self.on_change()
+
+
+def _close_all(_message: Receivers, fds: list[int]) -> None:
+    """Of a program that hands nothing over."""
+    for fd in fds:
+        os.close(fd)

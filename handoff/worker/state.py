@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from uvicorn.server import ServerState
 
 from handoff.counters import CONNECTIONS, IN_PROGRESS, REQUESTS
+from handoff.worker.mover import Mover
+
+if TYPE_CHECKING:
+    from handoff.worker.protocol import HTTPProtocol
 
 
 class WorkerServerState(ServerState):
@@ -15,6 +21,9 @@ class WorkerServerState(ServerState):
     def __init__(self, counters: memoryview) -> None:
         super().__init__()
         self.counters = counters
+        self.mover = Mover(counters)
+        self.leave: Callable[[HTTPProtocol], None] | None = None
+        """While draining: what a connection does that comes late."""
         self.is_draining = False
         self.linger_seconds = 0.0
         self.emptied = asyncio.Event()

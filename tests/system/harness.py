@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -98,7 +101,8 @@ class Service:
     ) -> None:
         self.directory = directory
         self.name = name
-        self.run_dir = directory.parent / f"{directory.name}-run"
+        # Not beside the directory: the path of a unix socket may have 107 bytes only.
+        self.run_dir = Path(tempfile.gettempdir()) / f"handoff-{hashlib.sha256(bytes(directory)).hexdigest()[:16]}"
         self.command = command or [sys.executable, "-m", "handoff"]
         self.arguments = ["run", *([app] if app else []), "--name", name, "--run-dir", str(self.run_dir)]
         if bind is not None:
@@ -162,6 +166,9 @@ class Service:
                 one.kill()
         self.stdout.finish()
         self.stderr.finish()
+        shutil.rmtree(self.run_dir / self.name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another service of the test is still there
+            self.run_dir.rmdir()
         assert not alive, f"left behind: {alive}"
 
     def wait(self) -> int:

@@ -58,9 +58,8 @@ def test_the_name_of_the_configuration_counts_before_the_directorys(directory: P
 
 
 def test_ps_lists_the_processes_of_every_service(directory: Path) -> None:
-    run_dir = f"{directory}-run"
     with Service(directory, "-w", "2", "--label", "v1") as web, Service(directory, name="other") as other:
-        done = handoff(directory, "ps", "--run-dir", run_dir)
+        done = handoff(directory, "ps", "--run-dir", str(web.run_dir))
         assert done.returncode == 0
         rows = [line.split() for line in done.stdout.splitlines()[1:]]
     masters = {(row[0], int(row[1])) for row in rows if row[2] == "master"}
@@ -156,17 +155,18 @@ def handoff_program(program: str) -> subprocess.CompletedProcess[str]:
 
 # --- a worker that breaks the protocol ------------------------------------------------------------------------------
 
-BREAKS = """
+BREAKS = '''
 import os, socket, stat
 
-def channel():
+def send_garbage():
+    """Into the channel, and into every mailbox."""
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
             one = socket.socket(fileno=os.dup(fd))
         except OSError:
             continue
         if one.family == socket.AF_UNIX and one.type == socket.SOCK_SEQPACKET:
-            return one
+            one.send(b"this is no message")
         one.close()
 
 async def app(scope, receive, send):
@@ -176,8 +176,8 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
     if scope["path"] == "/break":
-        channel().send(b"this is no message")
-"""
+        send_garbage()
+'''
 
 
 def test_garbage_on_the_channel_ends_that_worker_and_no_other(directory: Path) -> None:

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from handoff.channel import (
-    MAXIMUM_FDS,
     Channel,
     ChannelBroken,
     ChannelClosed,
@@ -39,6 +38,8 @@ from handoff.core.messages import (
     Opened,
     Progress,
     Ready,
+    ReceiverInfo,
+    Receivers,
     Report,
     cut,
 )
@@ -47,6 +48,7 @@ from handoff.master.crew import Crew
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.master.processes import WorkerProcess, post_mortem_file
+from handoff.rights import MAXIMUM_FDS
 from handoff.settings import Settings
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -54,7 +56,7 @@ SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 FROM_WORKER: list[Message] = [
     Hello(protocol=1, release="0.1.0"),
     Progress(step="importing main:app"),
-    Ready(interface="asgi", unserved=("metrics",)),
+    Ready(interface="asgi", unserved=("metrics",), adopts=("http/1",)),
     Opened(),
     Leaving(reason="served 100 requests"),
     Failed(reason="application main:app: ValueError: ö €", traceback="line 1\nline 2"),
@@ -70,9 +72,11 @@ FROM_MASTER: list[Message] = [
         listeners=(ListenerInfo("default", "127.0.0.1:80", 5), ListenerInfo("metrics", "unix:/x", 6)),
         counters_fd=8,
         counters_row=2,
+        mailbox_fd=11,
     ),
     Open(),
-    Drain(seconds=2.5, ending=("default",)),
+    Drain(seconds=2.5, ending=("default",), moves=True),
+    Receivers(receivers=(ReceiverInfo(mailbox=4, row=7, adopts=("http/1",), is_new=False),)),
     Report(request=4),
 ]
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from handoff.counters import CONNECTIONS, FIELDS, IN_PROGRESS, MAXIMUM_ROWS, REQUESTS, CounterPage, map_row
+from handoff.counters import CONNECTIONS, FIELDS, IN_PROGRESS, MAXIMUM_ROWS, REQUESTS, CounterPage, WorkerCounters
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_a_new_page_counts_nothing(page: CounterPage) -> None:
 
 def test_what_a_worker_writes_the_master_reads(page: CounterPage) -> None:
     row = page.take_row()
-    cells = map_row(os.dup(page.fd), row)
+    cells = WorkerCounters(os.dup(page.fd), row).own
     cells[CONNECTIONS] = 3
     cells[REQUESTS] = 2**63
     cells[IN_PROGRESS] += 1
@@ -29,15 +29,15 @@ def test_what_a_worker_writes_the_master_reads(page: CounterPage) -> None:
 
 def test_mapping_a_row_closes_the_fd(page: CounterPage) -> None:
     fd = os.dup(page.fd)
-    map_row(fd, 0)
+    WorkerCounters(fd, 0)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
 
 
 def test_a_row_belongs_to_one_worker_only(page: CounterPage) -> None:
     first, second = page.take_row(), page.take_row()
-    map_row(os.dup(page.fd), first)[FIELDS - 1] = 7
-    map_row(os.dup(page.fd), second)[0] = 9
+    WorkerCounters(os.dup(page.fd), first).own[FIELDS - 1] = 7
+    WorkerCounters(os.dup(page.fd), second).own[0] = 9
     assert page.read(first) == (*(0,) * (FIELDS - 1), 7)
     assert page.read(second) == (9, *(0,) * (FIELDS - 1))
 
@@ -46,7 +46,7 @@ def test_a_dead_worker_does_not_go_on_counting(page: CounterPage) -> None:
     row = page.take_row()
     neighbour = page.take_row()
     for one in (row, neighbour):
-        cells = map_row(os.dup(page.fd), one)
+        cells = WorkerCounters(os.dup(page.fd), one).own
         for field in range(FIELDS):
             cells[field] = 5
     page.give_back(row)
@@ -62,7 +62,7 @@ def test_a_row_that_was_given_back_is_given_out_again(page: CounterPage) -> None
 
 
 def test_a_worker_cannot_write_past_its_row(page: CounterPage) -> None:
-    cells = map_row(os.dup(page.fd), page.take_row())
+    cells = WorkerCounters(os.dup(page.fd), page.take_row()).own
     with pytest.raises(IndexError):
         cells[FIELDS] = 1
 

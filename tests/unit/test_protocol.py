@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -99,6 +101,7 @@ class Bench:
 
     def drain(self, linger_seconds: float = 0.05) -> None:
         self.state.is_draining = True
+        self.state.leave = HTTPProtocol.begin_drain
         self.state.linger_seconds = linger_seconds
         for connection in list(self.state.connections):
             connection.begin_drain()  # type: ignore[union-attr]
@@ -430,12 +433,14 @@ def test_a_client_that_never_closes_is_closed_after_a_while(run: Run, monkeypatc
     run(scenario)
 
 
-def test_a_client_that_leaves_during_the_drain_is_counted_out(run: Run) -> None:
+def test_a_client_that_is_gone_during_the_drain_is_counted_out(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
         async with bench.client() as client:
             client.send(GET % b"/wait")
             await bench.has_started("/wait").wait()
             bench.drain()
+            connection = client.writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
             client.writer.transport.abort()
             await bench.state.emptied.wait()
             bench.gate("/wait").set()

@@ -1,0 +1,44 @@
+"""What travels with a live connection from one worker to another, as data: typed, bounded, never code.
+
+A worker that serves a kind says so when it is ready (`adopts`); nobody sends it anything else. So a state of another
+version is another kind: `http/2` would be one.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+HTTP = "http/1"
+
+MAXIMUM_STATE_BYTES = 16 * 1024
+MAXIMUM_DATA_BYTES = 16 * 1024 * 1024
+"""Bytes that a client sent and nobody acted on. More than this does not move: the connection ends where it is."""
+
+
+class State(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
+    """`client`: host and port, since getpeername tells nothing after a reset; None for a unix socket."""
+
+    client: tuple[str, int] | None = None
+
+
+class HTTPState(State, frozen=True, tag=HTTP):
+    """A connection of HTTP/1.1 between two messages, or within the head of the next one."""
+
+    scheme: str = "http"
+    is_answered: bool = False
+    """At least one response was sent on it: an idle client may be asked to come back."""
+    keep_alive_until: float | None = None
+    """On the monotonic clock, which all processes of one system share. None where no response was given yet, or the
+    next request has begun."""
+
+
+AnyState = HTTPState
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True):
+    """The head of a datagram in a mailbox; the data follows, or lies in a memfd (the last fd) of `size` bytes."""
+
+    state: AnyState
+    fds: int = 1
+    size: int = 0
+    in_memfd: bool = False

@@ -1,0 +1,87 @@
+"""Taking over live connections from our mailbox."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable
+
+from handoff.core.moves import AnyState
+from handoff.counters import ADOPTED, REFUSED
+from handoff.mailbox import Unreadable, receive_letter
+
+LETTERS_PER_TURN = 16
+"""More in one turn of the loop would make the clients of this worker wait (seen: 101 ms without a limit)."""
+FD_HEADROOM = 32
+"""Without a free fd the kernel destroys a connection while we receive it; threads of the application open some too."""
+RETRY_SECONDS = 0.1
+
+
+class Adopter:
+    """Reads the mailbox while it is started. Owns its reading end; `adopt` owns the fds that it is given."""
+
+    def __init__(
+        self, reader: socket.socket, adopt: Callable[[AnyState, bytes, list[int]], None], counters: memoryview
+    ) -> None:
+        reader.setblocking(False)
+        self._reader = reader
+        self._adopt = adopt
+        self._counters = counters
+        self._is_started = False
+
+    def start(self) -> None:
+        self._is_started = True
+        asyncio.get_running_loop().add_reader(self._reader.fileno(), self._read)
+
+    def stop(self) -> None:
+        """Leave the rest to who reads it now: our replacement, or the master."""
+        self._is_started = False
+        asyncio.get_running_loop().remove_reader(self._reader.fileno())
+
+    def take_all(self) -> None:
+        """Everything that is there now."""
+        while self._take_one():
+            pass
+
+    def _read(self) -> None:
+        if not has_headroom(self._reader.fileno()):
+            logging.getLogger("uvicorn.error").warning("no free fds to take over connections; they wait")
+            asyncio.get_running_loop().remove_reader(self._reader.fileno())
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._resume)
+            return
+        for _ in range(LETTERS_PER_TURN):
+            if not self._take_one():
+                return
+
+    def _resume(self) -> None:
+        if self._is_started:
+            self.start()
+
+    def _take_one(self) -> bool:
+        try:
+            state, data, fds = receive_letter(self._reader)
+        except BlockingIOError:
+            return False
+        except Unreadable as error:
+            self._counters[REFUSED] += 1
+            logging.getLogger("uvicorn.error").warning("a connection could not be taken over: %s", error)
+            return True
+        except EOFError:
+            self.stop()
+            return False
+        self._counters[ADOPTED] += 1
+        self._adopt(state, data, fds)
+        return True
+
+
+def has_headroom(fd: int) -> bool:
+    """The kernel gives the lowest free number: where that is far below the limit, there is room above it."""
+    try:
+        lowest_free = os.dup(fd)
+    except OSError:
+        return False
+    os.close(lowest_free)
+    return lowest_free + FD_HEADROOM <= resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -1,0 +1,246 @@
+"""Live connections move: through reloads, rollbacks, scaling and crashes no client loses its connection."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.apps import hello, workbench
+from tests.system.harness import Clients, Service, read_response, wait_until
+
+FLASK = """
+import os
+from flask import Flask, request
+app = Flask(__name__)
+
+@app.get("/pid")
+def pid():
+    return str(os.getpid())
+
+@app.get("/")
+def client():
+    return f"{request.remote_addr} {request.environ['REMOTE_PORT']}"
+"""
+
+
+class Kept:
+    """A client that never opens a second connection."""
+
+    def __init__(self, service: Service) -> None:
+        self.connection = service.connect()
+
+    def ask(self, path: str = "/pid") -> bytes:
+        self.connection.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        status, headers, body = read_response(self.connection)
+        assert status == 200
+        assert "connection" not in headers, "the connection is to end"
+        return body
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+@contextlib.contextmanager
+def kept(service: Service, count: int) -> Iterator[list[Kept]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(contextlib.closing(Kept(service))) for _ in range(count)]
+
+
+def pids(service: Service) -> set[bytes]:
+    return {str(worker["pid"]).encode() for worker in service.workers()}
+
+
+def moves(service: Service) -> dict[str, int]:
+    found: dict[str, int] = service.status()["moves"]
+    return found
+
+
+def reload(service: Service, times: int = 1) -> None:
+    for _ in range(times):
+        done = service.ask({"type": "reload"})
+        assert done["exit_code"] == 0, done
+
+
+def settle(service: Service) -> None:
+    """Until only the live generation is there, and nothing waits."""
+    service.wait_for_generations(service.status()["live"])
+    wait_until(lambda: moves(service)["moved"] == moves(service)["adopted"], "what moved has arrived")
+
+
+@pytest.mark.parametrize(("loop", "text"), [("uvloop", hello("1")), ("asyncio", hello("1")), ("uvloop", FLASK)])
+def test_idle_and_busy_connections_stay_open_through_reloads(directory: Path, loop: str, text: str) -> None:
+    (directory / "main.py").write_text(text)
+    with Service(directory, "-w", "2", "--loop", loop) as service, kept(service, 10) as idle, kept(service, 1) as busy:
+        for client in idle:
+            client.ask()
+        with Clients(busy[0].ask, 1, 0.0) as clients:
+            for _ in range(10):
+                reload(service)
+                clients.more(3)
+            settle(service)
+            for client in idle:
+                assert client.ask() in pids(service)
+        assert moves(service)["moved"] >= 100
+        assert moves(service)["refused"] == 0
+    clients.assert_none_failed()
+
+
+def test_the_clients_address_is_the_same_after_moves(directory: Path) -> None:
+    (directory / "main.py").write_text(FLASK)
+    with Service(directory) as service, kept(service, 1) as (client,):
+        host, port = client.connection.getsockname()
+        assert client.ask("/") == f"{host} {port}".encode()
+        reload(service, 3)
+        assert client.ask("/") == f"{host} {port}".encode()
+
+
+def test_connections_move_back_with_a_rollback(directory: Path) -> None:
+    with Service(directory) as service, kept(service, 5) as clients:
+        (directory / "main.py").write_text(hello("2"))
+        reload(service)
+        settle(service)
+        assert {client.ask("/") for client in clients} == {b"2"}
+        (directory / "main.py").write_text(hello("1"))
+        assert service.ask({"type": "rollback"})["exit_code"] == 0
+        settle(service)
+        assert {client.ask("/") for client in clients} == {b"1"}
+
+
+def test_connections_of_a_worker_that_is_scaled_away_move_to_its_siblings(directory: Path) -> None:
+    with Service(directory, "-w", "3") as service, kept(service, 12) as clients:
+        assert {client.ask() for client in clients} <= pids(service)
+        assert service.ask({"type": "scale", "workers": 1})["exit_code"] == 0
+        settle(service)
+        assert {client.ask() for client in clients} == pids(service)
+
+
+def test_connections_of_the_only_worker_wait_for_its_replacement_and_are_served_meanwhile(directory: Path) -> None:
+    with Service(directory) as service, kept(service, 5) as clients:
+        (old,) = pids(service)
+        assert {client.ask() for client in clients} == {old}
+        os.kill(int(old), signal.SIGTERM)
+        wait_until(lambda: old not in pids(service), "it was replaced")
+        assert {client.ask() for client in clients} == pids(service)
+
+
+def test_a_surge_moves_connections_worker_by_worker(directory: Path) -> None:
+    with Service(directory, "-w", "3", "--surge", "1") as service, kept(service, 9) as clients:
+        for client in clients:
+            client.ask()
+        (directory / "main.py").write_text(hello("2"))
+        reload(service)
+        settle(service)
+        assert {client.ask("/") for client in clients} == {b"2"}
+
+
+def test_a_thousand_idle_connections_move(directory: Path) -> None:
+    with Service(directory, "-w", "2") as service, kept(service, 1000) as clients:
+        for client in clients:
+            client.ask()
+        reload(service)
+        settle(service)
+        for client in clients:
+            assert client.ask() in pids(service)
+        assert moves(service)["refused"] == 0
+
+
+# --- balance --------------------------------------------------------------------------------------------------------
+
+
+def connections(service: Service) -> list[int]:
+    return [worker["connections"] for worker in service.workers()]
+
+
+def is_even(counts: list[int]) -> bool:
+    return max(counts) <= max(sum(counts) / len(counts) * 1.2, sum(counts) / len(counts) + 1)
+
+
+@pytest.mark.parametrize("event", ["start", "scale", "crash"])
+def test_workers_share_kept_connections_evenly(directory: Path, event: str) -> None:
+    workers = {"start": 4, "scale": 1, "crash": 4}[event]
+    with Service(directory, "-w", str(workers)) as service, kept(service, 40) as clients:
+        for client in clients:
+            client.ask()
+        if event == "scale":
+            assert service.ask({"type": "scale", "workers": 4})["exit_code"] == 0
+        wait_until(lambda: len(connections(service)) == 4 and is_even(connections(service)), "all have their share")
+        if event == "crash":
+            os.kill(service.workers()[0]["pid"], signal.SIGKILL)
+            wait_until(
+                lambda: len(connections(service)) == 4 and min(connections(service)) >= 6, "the new one has some"
+            )
+        moved = moves(service)["moved"]
+        for _ in range(5):
+            for client in clients if event != "crash" else ():
+                client.ask()
+        assert moves(service)["moved"] == moved, "what is even stays where it is"
+
+
+# --- crashes, limits ------------------------------------------------------------------------------------------------
+
+
+def test_connections_in_the_mailbox_of_a_killed_worker_are_served_by_others(directory: Path) -> None:
+    (directory / "main.py").write_text(workbench("1"))
+    with Service(directory, "-w", "2", "--max-generations", "5") as service, kept(service, 20) as clients:
+        for client in clients:
+            client.ask()
+        stopped: list[int] = []
+
+        def stop_one_of_the_new() -> bool:
+            """As soon as it accepts it stops, before it can read what comes."""
+            for worker in service.workers():
+                if worker["state"] in ("ready", "opening") and not stopped:
+                    os.kill(worker["pid"], signal.SIGSTOP)
+                    stopped.append(worker["pid"])
+            return bool(stopped)
+
+        reloading = service.begin({"type": "reload"})
+        wait_until(stop_one_of_the_new, "one of the new workers is stopped")
+        os.kill(stopped[0], signal.SIGKILL)
+        assert reloading.answer()["exit_code"] in (0, 3)
+        settle(service)
+        for client in clients:
+            assert client.ask() in pids(service)
+
+
+def test_letters_in_the_mailbox_of_a_reader_that_is_killed_reach_others(directory: Path) -> None:
+    with Service(directory, "-w", "2") as service, kept(service, 30) as clients:
+        for client in clients:
+            client.ask()
+        wait_until(lambda: is_even(connections(service)), "both have their share")
+        settle(service)
+        reader, giver = service.workers()
+        given = [client for client in clients if client.ask() == str(giver["pid"]).encode()]
+        os.kill(reader["pid"], signal.SIGSTOP)
+        os.kill(giver["pid"], signal.SIGTERM)  # hands everything to the one that does not read
+        wait_until(lambda: giver["pid"] not in {worker["pid"] for worker in service.workers()}, "the giver has gone")
+        os.kill(reader["pid"], signal.SIGKILL)
+        wait_until(lambda: reader["pid"] not in {worker["pid"] for worker in service.workers()}, "the reader has gone")
+        settle(service)
+        assert len(given) >= 12
+        for client in given:
+            assert client.ask() in pids(service)
+
+
+def test_a_service_without_capabilities_and_with_few_fds_moves_all(directory: Path) -> None:
+    """With RLIMIT_NOFILE 256 too many fds under way are refused (ETOOMANYREFS), and few can be received."""
+    command = [sys.executable, "-m", "handoff"]
+    # These two lift the cap of fds under way, which holds for every other user, and in containers for root, too.
+    limited = ["setpriv", "--bounding-set", "-sys_resource,-sys_admin", "prlimit", "--nofile=256:256", *command]
+    service = Service(directory, "-w", "2", command=limited)
+    with service, kept(service, 180) as clients:
+        service.command = command
+        for client in clients:
+            client.ask()
+        for _ in range(3):
+            reload(service)
+            settle(service)
+        for client in clients:
+            assert client.ask() in pids(service)
+        assert moves(service)["refused"] == 0
