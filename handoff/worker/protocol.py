@@ -2,11 +2,11 @@
 
 Built on these internals of uvicorn (a test for each fails when one changes): HttpToolsProtocol's `cycle`, `pipeline`,
 `scope`, `connections`, `flow`, `timeout_keep_alive_task`, `timeout_keep_alive_handler`, `on_response_complete`, the
-bodies of `on_body` and `on_message_complete`, that a message's scope is made at its begin and its cycle at the end of
-its head, and that each request is started by `self._start_asgi_task(cycle, app)`; RequestResponseCycle's `keep_alive`,
-`response_started`, `response_complete`, `on_response`, `transport`, that it has no slots, that `send` sets
-`response_started` before it asks for `keep_alive`, and that it calls `transport.close()` after a response without
-keep-alive; WebSocketsSansIOProtocol's `shutdown`.
+bodies of `data_received`, `on_body` and `on_message_complete`, that a message's scope is made at its begin and its
+cycle at the end of its head, and that each request is started by `self._start_asgi_task(cycle, app)`;
+RequestResponseCycle's `keep_alive`, `response_started`, `response_complete`, `on_response`, `transport`, that it has
+no slots, that `send` sets `response_started` before it asks for `keep_alive`, and that it calls `transport.close()`
+after a response without keep-alive; WebSocketsSansIOProtocol's `shutdown`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -42,6 +43,23 @@ class HTTPProtocol(HttpToolsProtocol):
 
     kind = HTTP
     server_state: WorkerServerState
+    # Slots: with more than 30 attributes CPython gives up the fast layout of an instance's __dict__.
+    __slots__ = (
+        "_adopted",
+        "_body_bytes",
+        "_body_of",
+        "_head",
+        "_is_ending",
+        "_is_posted",
+        "_mailbox",
+        "_splitter",
+        "_unfed",
+        "_was_answered",
+        "is_leaving",
+        "parsed",
+        "seen_at",
+        "seen_cycle",
+    )
 
     def __init__(
         self,
@@ -120,13 +138,32 @@ class HTTPProtocol(HttpToolsProtocol):
         if self.is_leaving or self.parsed is not self.cycle:
             self._feed_carefully(data)
             return
-        HttpToolsProtocol.data_received(self, data)
+        # uvicorn's, without its calls: they would be felt, beside what is added below.
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = None
+        try:
+            self.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._parser_stopped(error)
         cycle = self.cycle
         if self.parsed is cycle and cycle is not None and cycle.scope is self.scope:
             if self._head:
                 self._head = []
         else:
             self._is_incomplete(data)
+
+    def _parser_stopped(self, error: Exception) -> None:
+        """uvicorn's: what is no HTTP is answered with 400, and an upgrade is made or warned of."""
+        if isinstance(error, httptools.HttpParserUpgrade):
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+            else:
+                self._unsupported_upgrade_warning()
+            return
+        text = "Invalid HTTP request received."
+        self.logger.warning(text)
+        self.send_400_response(text)
 
     def _is_incomplete(self, data: bytes) -> None:
         """Keep what is needed to know, later, where the message in progress began or ends."""

@@ -16,9 +16,12 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.lifespan.off import LifespanOff
 from uvicorn.lifespan.on import LifespanOn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+
+from handoff.worker.tested import can_move
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +70,75 @@ def test_the_installed_release_is_inside_the_declared_bound() -> None:
     (bound,) = [one.removeprefix("uvicorn>=") for one in dependencies if one.startswith("uvicorn>=")]
     numbers = [tuple(map(int, text.split(".")[:2])) for text in (version("uvicorn"), bound)]
     assert numbers[0] >= numbers[1]
+
+
+def test_moves_are_on_for_the_installed_release() -> None:
+    assert can_move(slot=1), "run all tests with it, and then take it into handoff.worker.tested"
+
+
+BODIES = {
+    HttpToolsProtocol.data_received: """
+def data_received(self, data: bytes) -> None:
+    self._unset_keepalive_if_required()
+    try:
+        self.parser.feed_data(data)
+    except httptools.HttpParserError:
+        msg = 'Invalid HTTP request received.'
+        self.logger.warning(msg)
+        self.send_400_response(msg)
+        return
+    except httptools.HttpParserUpgrade:
+        if self._should_upgrade():
+            self.handle_websocket_upgrade()
+        else:
+            self._unsupported_upgrade_warning()
+""",
+    HttpToolsProtocol.on_body: """
+def on_body(self, body: bytes) -> None:
+    if (self.parser.should_upgrade() and self._should_upgrade()) or self.cycle.response_complete:
+        return
+    self.cycle.body += body
+    if len(self.cycle.body) > HIGH_WATER_LIMIT:
+        self.flow.pause_reading()
+    self.cycle.message_event.set()
+""",
+    HttpToolsProtocol.on_message_complete: """
+def on_message_complete(self) -> None:
+    if (self.parser.should_upgrade() and self._should_upgrade()) or self.cycle.response_complete:
+        return
+    self.cycle.more_body = False
+    self.cycle.message_event.set()
+""",
+    HttpToolsProtocol._unset_keepalive_if_required: """
+def _unset_keepalive_if_required(self) -> None:
+    if self.timeout_keep_alive_task is not None:
+        self.timeout_keep_alive_task.cancel()
+        self.timeout_keep_alive_task = None
+""",
+}
+
+
+@pytest.mark.parametrize("function", BODIES, ids=lambda function: function.__name__)
+def test_what_we_repeat_is_what_uvicorn_does(function: Any) -> None:
+    assert ast.unparse(tree_of(function)) == ast.unparse(ast.parse(BODIES[function]))
+
+
+def test_a_scope_is_made_when_a_message_begins_and_its_cycle_when_its_head_ends() -> None:
+    assert "self.scope = {" in inspect.getsource(HttpToolsProtocol.on_message_begin)
+    assert "self.cycle = RequestResponseCycle(" in inspect.getsource(HttpToolsProtocol.on_headers_complete)
+    assert "scope=self.scope" in inspect.getsource(HttpToolsProtocol.on_headers_complete)
+
+
+def test_the_keep_alive_timer_is_a_timer_handle_of_the_loop() -> None:
+    text = (
+        "self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)"
+    )
+    assert text in ast.unparse(tree_of(HttpToolsProtocol.on_response_complete))
+
+
+def test_reading_is_paused_and_resumed_through_the_flow() -> None:
+    for name in ("pause_reading", "resume_reading"):
+        assert f"self._transport.{name}()" in inspect.getsource(getattr(FlowControl, name))
 
 
 # --- the protocol ---------------------------------------------------------------------------------------------------
