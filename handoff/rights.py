@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import array
+import os
+import resource
 import socket
 from collections.abc import Sequence
 
 MAXIMUM_FDS = 253
 """unix(7): SCM_MAX_FD."""
+FD_HEADROOM = 32
+"""Without a free fd the kernel destroys what comes while we receive it; other threads open some too."""
 _FD_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAXIMUM_FDS * _FD_BYTES)
 
@@ -36,3 +40,16 @@ def receive_datagram(end: socket.socket, limit_bytes: int) -> tuple[bytes, list[
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % _FD_BYTES])
     return data, list(fds), bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))
+
+
+def has_headroom(fd: int) -> bool:
+    """Whether fds may be received. `fd`: any that is open; it is borrowed.
+
+    The kernel gives the lowest free number: where that is far below the limit, there is room above it.
+    """
+    try:
+        lowest_free = os.dup(fd)
+    except OSError:
+        return False
+    os.close(lowest_free)
+    return lowest_free + FD_HEADROOM <= resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -131,7 +131,7 @@ class ReceiverInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receivers(Message, frozen=True, tag="receivers"):
-    """All of them, in the order of their slots: who is not in the list any more is not to be sent anything."""
+    """All of them: who is not in the list any more is not to be sent anything."""
 
     receivers: tuple[ReceiverInfo, ...]
 

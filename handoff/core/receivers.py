@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from handoff.core.fleet import Fleet
-from handoff.core.worker import WorkerState
+from handoff.core.worker import WorkerRecord, WorkerState
 
 Slot = tuple[int, int]
 """(generation, slot): what has a mailbox."""
 
+MAXIMUM_RECEIVERS = 32
+"""Enough to spread over; each is an fd in every worker that may hand over to it."""
 _READS = frozenset({WorkerState.OPENING, WorkerState.ACCEPTING})
+
+
+def accepting(fleet: Fleet, live: int | None, is_stopping: bool) -> list[WorkerRecord]:
+    """Who takes connections, in the order of their slots."""
+    if live is None or is_stopping:
+        return []
+    found = (worker for worker in fleet.workers_of(live) if worker.state is WorkerState.ACCEPTING)
+    return sorted(found, key=lambda worker: worker.slot)
 
 
 def receivers(fleet: Fleet, live: int | None, is_stopping: bool) -> dict[int, tuple[int, ...]]:
@@ -17,15 +27,18 @@ def receivers(fleet: Fleet, live: int | None, is_stopping: bool) -> dict[int, tu
     A draining worker hands over everything, an accepting one what is above its share. Nobody does once the service
     stops: there is nobody who stays.
     """
-    if live is None or is_stopping:
+    takers = accepting(fleet, live, is_stopping)
+    if not takers:
         return {}
-    accepting = sorted(
-        (worker for worker in fleet.workers_of(live) if worker.state is WorkerState.ACCEPTING),
-        key=lambda worker: worker.slot,
-    )
-    numbers = [worker.worker for worker in accepting]
-    givers = numbers + [one.worker for one in fleet.workers.values() if one.state is WorkerState.DRAINING]
-    return {giver: tuple(number for number in numbers if number != giver) for giver in givers}
+    givers = takers + [one for one in fleet.workers.values() if one.state is WorkerState.DRAINING]
+    return {giver.worker: _nearest(giver, takers) for giver in givers}
+
+
+def _nearest(giver: WorkerRecord, takers: list[WorkerRecord]) -> tuple[int, ...]:
+    """Beginning with the next slot, and around: where there are more than enough, not all givers take the same."""
+    later = [one.worker for one in takers if one.slot > giver.slot]
+    earlier = [one.worker for one in takers if one.slot <= giver.slot and one is not giver]
+    return tuple((later + earlier)[:MAXIMUM_RECEIVERS])
 
 
 def read_slots(fleet: Fleet) -> set[Slot]:

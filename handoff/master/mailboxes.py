@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from handoff.core.messages import ReceiverInfo, Receivers
-from handoff.core.receivers import Slot, kept_slots, read_slots, receivers
+from handoff.core.receivers import Slot, accepting, kept_slots, read_slots, receivers
 from handoff.core.supervisor import Supervisor
 from handoff.mailbox import mailbox_pair, put_unread, take_unread
 from handoff.master.crew import Crew
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
+from handoff.rights import has_headroom
 
 RETRY_SECONDS = 0.05
 """After a full mailbox or channel, or too many fds under way, of which nothing tells when that is over."""
@@ -59,6 +60,8 @@ class Mailboxes:
         self._next_number = 1
         self._next_target = 0
         self._retry_at: float | None = None
+        self._facts: tuple[object, ...] = ()
+        """What the last round was made for; most turns of the loop change nothing here."""
 
     def reader_fd(self, slot: Slot) -> int:
         """The reading end for a worker that is to be started in this slot; it stays ours. Raises OSError."""
@@ -73,12 +76,21 @@ class Mailboxes:
 
     def check(self, now: float) -> None:
         """Bring everybody up to date with the supervisor's facts; called after every turn."""
-        if self._retry_at is not None and self._retry_at <= now:
+        fleet = self._supervisor.fleet
+        facts = (
+            self._supervisor.live,
+            self._supervisor.is_stopping,
+            *((w.worker, w.state) for w in fleet.workers.values()),
+        )
+        is_due = self._retry_at is not None and self._retry_at <= now
+        if facts == self._facts and not is_due:
+            return
+        self._facts = facts
+        if is_due:
             self._retry_at = None
             for mailbox in (*self._mailboxes.values(), *self._retired):
                 self._forward(mailbox)
-        wanted = receivers(self._supervisor.fleet, self._supervisor.live, self._supervisor.is_stopping)
-        self._tell(wanted)
+        self._tell(receivers(fleet, self._supervisor.live, self._supervisor.is_stopping))
         self._retire()
         self._watch_unread()
 
@@ -136,37 +148,45 @@ class Mailboxes:
             wants = is_unread and has_targets and mailbox.held is None
             if wants and not mailbox.is_watched:
                 self._loop.watch(mailbox.reader, Order.CONTROL, partial(self._forward, mailbox))
-            elif mailbox.is_watched and not wants:
-                self._loop.forget(mailbox.reader)
-            mailbox.is_watched = wants
+                mailbox.is_watched = True
+            elif not wants:
+                self._unwatch(mailbox)
+
+    def _unwatch(self, mailbox: _Mailbox) -> None:
+        if mailbox.is_watched:
+            self._loop.forget(mailbox.reader)
+            mailbox.is_watched = False
 
     def _targets(self) -> list[_Mailbox]:
-        numbers = receivers(self._supervisor.fleet, self._supervisor.live, self._supervisor.is_stopping)
-        slots = {
-            (record.generation, record.slot)
-            for workers in numbers.values()
-            for number in workers
-            if (record := self._supervisor.fleet.workers[number]) is not None
-        }
-        return [mailbox for slot, mailbox in sorted(self._mailboxes.items()) if slot in slots]
+        takers = accepting(self._supervisor.fleet, self._supervisor.live, self._supervisor.is_stopping)
+        return [self._mailboxes[slot] for one in takers if (slot := (one.generation, one.slot)) in self._mailboxes]
 
     def _forward(self, mailbox: _Mailbox) -> None:
         targets = [target for target in self._targets() if target is not mailbox]
         for _ in range(LETTERS_PER_TURN):
-            if mailbox.held is None and mailbox.is_watched:
-                try:
-                    mailbox.held = take_unread(mailbox.reader)
-                except BlockingIOError:
-                    return
-                except EOFError:
-                    self._close(mailbox)
-                    return
-            if mailbox.held is None:
+            if mailbox.held is None and not self._take(mailbox):
                 return
-            if not self._put(mailbox.held, targets):
+            if mailbox.held is not None and not self._put(mailbox.held, targets):
+                self._unwatch(mailbox)
                 self._retry_soon()
                 return
             mailbox.held = None
+
+    def _take(self, mailbox: _Mailbox) -> bool:
+        if not mailbox.is_watched:
+            return False
+        if not has_headroom(mailbox.reader.fileno()):
+            self._unwatch(mailbox)
+            self._retry_soon()
+            return False
+        try:
+            mailbox.held = take_unread(mailbox.reader)
+        except BlockingIOError:
+            return False
+        except EOFError:
+            self._close(mailbox)
+            return False
+        return True
 
     def _put(self, letter: tuple[bytes, list[int]], targets: list[_Mailbox]) -> bool:
         data, fds = letter
@@ -190,8 +210,7 @@ class Mailboxes:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _close(self, mailbox: _Mailbox) -> None:
-        if mailbox.is_watched:
-            self._loop.forget(mailbox.reader)
+        self._unwatch(mailbox)
         mailbox.reader.close()
         mailbox.writer.close()
         if mailbox in self._retired:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import resource
 import socket
 from collections.abc import Callable
 
 from handoff.core.moves import AnyState
 from handoff.counters import ADOPTED, REFUSED
 from handoff.mailbox import Unreadable, receive_letter
+from handoff.rights import has_headroom
 
 LETTERS_PER_TURN = 16
 """More in one turn of the loop would make the clients of this worker wait (seen: 101 ms without a limit)."""
-FD_HEADROOM = 32
-"""Without a free fd the kernel destroys a connection while we receive it; threads of the application open some too."""
 RETRY_SECONDS = 0.1
 
 
@@ -75,13 +72,3 @@ class Adopter:
         self._counters[ADOPTED] += 1
         self._adopt(state, data, fds)
         return True
-
-
-def has_headroom(fd: int) -> bool:
-    """The kernel gives the lowest free number: where that is far below the limit, there is room above it."""
-    try:
-        lowest_free = os.dup(fd)
-    except OSError:
-        return False
-    os.close(lowest_free)
-    return lowest_free + FD_HEADROOM <= resource.getrlimit(resource.RLIMIT_NOFILE)[0]

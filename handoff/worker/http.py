@@ -254,13 +254,14 @@ class HTTPService:
 
     async def _send_away(self) -> None:
         """Connections move where somebody takes them; otherwise they end here, when nobody can be hoped for."""
-        state = self._state
-        if self._link.moves and self._adopts and state.mover.takes(HTTP):
+        state, mover = self._state, self._state.mover
+        is_hopeful = self._link.moves and bool(self._adopts) and self._remaining() > LINGER_SECONDS
+        if self._link.moves and self._adopts and mover.takes(HTTP):
             state.leave = HTTPProtocol.begin_move
-        elif not self._link.moves or not self._adopts or self._remaining() <= LINGER_SECONDS:
-            state.leave = HTTPProtocol.begin_drain
+        elif is_hopeful and not mover.receivers:
+            state.leave = HTTPProtocol.cancel_move  # nobody yet, or nobody now: serve on
         else:
-            return
+            state.leave = HTTPProtocol.begin_drain
         for number, connection in enumerate(list(state.connections)):
             if number % SENT_PER_TURN == SENT_PER_TURN - 1:
                 await asyncio.sleep(0)
@@ -273,7 +274,7 @@ class HTTPService:
     def _patience(self) -> float:
         """How long to wait for a change: until the deadline, or until receivers are not hoped for any more."""
         remaining = self._remaining()
-        if self._state.leave is None and remaining > LINGER_SECONDS:
+        if self._state.leave is HTTPProtocol.cancel_move and remaining > LINGER_SECONDS:
             return remaining - LINGER_SECONDS
         return remaining
 

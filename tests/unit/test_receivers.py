@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from handoff.core.fleet import Fleet
 from handoff.core.generation import GenerationState, Timings
-from handoff.core.receivers import kept_slots, read_slots, receivers
+from handoff.core.receivers import MAXIMUM_RECEIVERS, accepting, kept_slots, read_slots, receivers
 from handoff.core.worker import WorkerState
 
 TIMINGS = Timings(
@@ -40,7 +40,7 @@ def test_siblings_hand_over_to_each_other() -> None:
 
 def test_a_draining_generation_hands_over_to_all_of_the_live_one() -> None:
     found = receivers(fleet((DRAINING, [S.DRAINING, S.STOPPING]), (LIVE, [S.ACCEPTING, S.ACCEPTING])), 2, False)
-    assert found == {1: (3, 4), 3: (4,), 4: (3,)}
+    assert found == {1: (4, 3), 3: (4,), 4: (3,)}
 
 
 def test_who_does_not_accept_yet_gets_nothing() -> None:
@@ -49,7 +49,14 @@ def test_who_does_not_accept_yet_gets_nothing() -> None:
 
 
 def test_a_sole_worker_that_drains_waits_for_its_replacement() -> None:
-    assert receivers(fleet((LIVE, [S.DRAINING])), 1, False) == {1: ()}
+    assert receivers(fleet((LIVE, [S.DRAINING])), 1, False) == {}
+
+
+def test_one_that_accepts_alone_takes_what_lies_in_the_mailboxes_of_others() -> None:
+    found = fleet((LIVE, [S.ACCEPTING]))
+    assert [worker.worker for worker in accepting(found, 1, False)] == [1]
+    assert receivers(found, 1, False) == {1: ()}
+    assert accepting(found, 1, True) == []
 
 
 def test_a_generation_whose_commit_failed_hands_back() -> None:
@@ -76,3 +83,10 @@ def test_a_mailbox_is_kept_as_long_as_its_slot_may_have_a_reader() -> None:
 def test_a_scaled_down_slot_is_retired_when_its_worker_drains() -> None:
     found = fleet((LIVE, [S.ACCEPTING, S.ACCEPTING, S.DRAINING]))
     assert kept_slots(found, 1) == {(1, 0), (1, 1)}
+
+
+def test_of_many_each_gets_some_that_follow_it() -> None:
+    found = receivers(fleet((LIVE, [S.ACCEPTING] * 50)), 1, False)
+    assert found[1] == tuple(range(2, 2 + MAXIMUM_RECEIVERS))
+    assert found[50] == tuple(range(1, 1 + MAXIMUM_RECEIVERS))
+    assert all(len(numbers) == MAXIMUM_RECEIVERS for numbers in found.values())
