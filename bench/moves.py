@@ -1,0 +1,191 @@
+"""Live connections in a reload: how fast idle ones move, and what wrk with kept-alive ones sees.
+
+`python -m bench.moves` (needs wrk and ss): some thousand idle connections move in a reload: the time until all are
+adopted, until the old workers are gone, how many still answer, and the longest answer that a busy client saw beside its
+longest in steady load. Then reloads under wrk: its errors, and whether each connection is still the one that it opened.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench import machine
+from bench.servers import Handoff, end_on_term
+
+_REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
+_STEADY_SECONDS = 1.0
+
+
+class Watch:
+    """Asks the master's status again and again, and remembers when."""
+
+    def __init__(self, server: Handoff) -> None:
+        self._path = str(server.directory / "bench" / "control.sock")
+
+    def status(self) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._path)
+            connection.sendall(b'{"type":"status"}\n')
+            data = b""
+            while chunk := connection.recv(65536):
+                data += chunk
+        found: dict[str, Any] = json.loads(data)
+        return found
+
+    def first(self, condition: Any, seconds: float = 60.0) -> float:
+        """The time at which the status meets the condition for the first time."""
+        deadline = time.monotonic() + seconds
+        while not condition(self.status()):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the reload does not come to its end")
+            time.sleep(0.005)
+        return time.monotonic()
+
+
+class Probe:
+    """One busy kept-alive client: when it asked, and how long each answer took."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = socket.create_connection(("127.0.0.1", port))
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.taken: list[tuple[float, float]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            _exchange(self._connection)
+            self.taken.append((began, time.monotonic() - began))
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._connection.close()
+
+    def longest_ms(self, begin: float, end: float) -> float:
+        """Of the answers that were waited for between the two times."""
+        return 1000 * max((took for at, took in self.taken if at + took >= begin and at <= end), default=0.0)
+
+
+def _exchange(connection: socket.socket) -> None:
+    connection.sendall(_REQUEST)
+    data = b""
+    while b"\r\n\r\n" not in data or not data.endswith(b"\n"):
+        chunk = connection.recv(65536)
+        if not chunk:
+            raise RuntimeError("a connection was closed")
+        data += chunk
+    if b" 200 OK" not in data or b"connection: close" in data.lower():
+        raise RuntimeError(f"not what was asked for: {data!r}")
+
+
+def idle(connections: int, loop: str) -> dict[str, float]:
+    """One reload with so many idle connections. Times in milliseconds."""
+
+    class Server(Handoff):
+        options = ("--loop", loop, "--probation", "100ms")
+
+    with Server(2) as server:
+        clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(connections)]
+        for client in clients:
+            _exchange(client)
+        watch, probe = Watch(server), Probe(server.port)
+        time.sleep(_STEADY_SECONDS)
+        reloading = threading.Thread(target=server.ask, args=("reload",))
+        began = time.monotonic()
+        before = watch.status()["moves"]["adopted"]
+        reloading.start()
+        committed = watch.first(lambda status: status["live"] == 2)
+        adopted = watch.first(lambda status: status["moves"]["adopted"] - before >= connections)
+        gone = watch.first(lambda status: len(status["generations"]) == 1)
+        reloading.join()
+        probe.stop()
+        for client in clients:
+            _exchange(client)
+            client.close()
+    return {
+        "adopted_ms": 1000 * (adopted - committed),
+        "old_gone_ms": 1000 * (gone - committed),
+        "longest_answer_ms": probe.longest_ms(committed - 0.05, gone),
+        "steady_longest_answer_ms": probe.longest_ms(began - _STEADY_SECONDS, began),
+    }
+
+
+def under_wrk(reloads: int, clients: int) -> dict[str, Any]:
+    """Reloads under wrk with kept-alive connections: what it says, and the connections that are still the same."""
+    with Handoff(2) as server:
+        command = ["wrk", "-t1", f"-c{clients}", "-d3600s", "--latency", f"http://127.0.0.1:{server.port}/"]
+        wrk = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            time.sleep(_STEADY_SECONDS)
+            before = _client_ports(server.port)
+            for number in range(reloads):
+                server.ask("reload")
+                Watch(server).first(lambda status, live=number + 2: status["live"] == live and _is_alone(status))
+            after = _client_ports(server.port)
+            moves = Watch(server).status()["moves"]
+        finally:
+            wrk.send_signal(2)
+            output, _ = wrk.communicate(timeout=60)
+    errors = [line.strip() for line in output.splitlines() if "Socket errors" in line or "Non-2xx" in line]
+    rate = next(line.split()[1] for line in output.splitlines() if line.startswith("Requests/sec"))
+    return {"errors": errors, "same": len(before & after), "opened": len(before), "moves": moves, "rate": rate}
+
+
+def _is_alone(status: dict[str, Any]) -> bool:
+    return len(status["generations"]) == 1
+
+
+def _client_ports(port: int) -> set[str]:
+    command = ["ss", "-Htn", "state", "established", f"dport = :{port}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split()[2] for line in found.splitlines()}
+
+
+@click.command()
+@click.option("--connections", default=5000, show_default=True, help="Idle ones.")
+@click.option("--rounds", default=5, show_default=True, help="Reloads with idle connections, each on a new server.")
+@click.option("--loop", default="uvloop", show_default=True)
+@click.option("--reloads", default=100, show_default=True, help="Under wrk.")
+@click.option("--clients", default=64, show_default=True, help="Of wrk.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench/out"), show_default=True)
+def main(connections: int, rounds: int, loop: str, reloads: int, clients: int, out: Path) -> None:
+    """Measure moves."""
+    end_on_term()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    heading = f"{machine.describe()}; 2 workers, {loop}"
+    click.echo(heading)
+    found: dict[str, Any] = {"heading": heading, "connections": connections, "idle": [], "wrk": None}
+    for _ in range(rounds):
+        figures = idle(connections, loop)
+        found["idle"].append(figures)
+        click.echo(
+            f"{connections} idle connections, all answer: adopted after {figures['adopted_ms']:.0f} ms, "
+            f"old workers gone {figures['old_gone_ms']:.0f} ms after the commit, longest answer meanwhile "
+            f"{figures['longest_answer_ms']:.1f} ms (steady: {figures['steady_longest_answer_ms']:.1f} ms)"
+        )
+    if reloads:
+        found["wrk"] = seen = under_wrk(reloads, clients)
+        errors = "; ".join(seen["errors"]) or "no errors"
+        click.echo(
+            f"{reloads} reloads under wrk with {clients} connections: {errors}; {seen['same']} of {seen['opened']} "
+            f"connections are the same; {seen['moves']['moved']} moves; {seen['rate']} requests/s"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "moves.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
