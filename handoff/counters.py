@@ -5,6 +5,7 @@ The master makes it, gives rows out, and zeroes a row when its worker was reaped
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 
@@ -35,6 +36,9 @@ class CounterPage:
         self._gone = [0] * FIELDS
 
     def take_row(self) -> int:
+        """Raises OSError when all are taken."""
+        if not self._free:
+            raise OSError(errno.EAGAIN, f"more than {MAXIMUM_ROWS} workers")
         return self._free.pop()
 
     def give_back(self, row: int) -> None:

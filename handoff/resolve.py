@@ -147,6 +147,7 @@ def _resolved_directory(path: str) -> str:
         is_directory = stat.S_ISDIR(os.stat(resolved).st_mode)
     except OSError as error:
         raise HandoffError(f"directory {path}: {_problem(error)}") from None
+    _check_text("directory", resolved, "--chdir")
     if not is_directory:
         raise HandoffError(f"directory {path}: is not a directory; give one with --chdir")
     if not os.access(resolved, os.X_OK):
@@ -162,9 +163,19 @@ def _resolved_python(path: str) -> str:
         os.stat(python)
     except OSError as error:
         raise HandoffError(f"python {path}: {_problem(error, '--python')}") from None
+    _check_text("python", python, "--python")
     if not _is_executable_file(python):
         raise HandoffError(f"python {path}: is not an executable file; give an interpreter with --python")
     return python
+
+
+def _check_text(subject: str, path: str, option: str) -> None:
+    """Paths travel as JSON, which is Unicode."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = path.encode(errors="backslashreplace").decode()
+        raise HandoffError(f"{subject} {shown}: is no UTF-8; rename it or give another with {option}") from None
 
 
 def _problem(error: OSError, option: str = "--chdir") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -11,6 +12,7 @@ def main() -> None:
         # Before anything else: most of what we import is not there on another system.
         sys.stderr.write(f"handoff: error: runs on Linux only (pidfds, memfds, SCM_RIGHTS); this is {sys.platform}\n")
         raise SystemExit(1)
+    _open_standard_files()
     from handoff.errors import ExitCode
 
     try:
@@ -20,3 +22,13 @@ def main() -> None:
     except KeyboardInterrupt:  # while all that is imported; later ones become click's Abort
         status = ExitCode.ABORTED
     raise SystemExit(status)
+
+
+def _open_standard_files() -> None:
+    """Where one of 0 to 2 is closed (`2>&-`), the next file that is opened would become stdin, stdout or stderr."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(opened, True)

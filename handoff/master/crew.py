@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -46,6 +47,10 @@ from handoff.settings import Pins
 
 CLOSED_CHANNEL_SECONDS = 5.0
 """A worker whose channel is closed is ending; one that still lives after this long is killed."""
+REAP_AGAIN_SECONDS = 0.2
+"""After an exit that a debugger has not let go of."""
+MESSAGES_PER_TURN = 64
+"""A worker that talks without end must not keep the others waiting."""
 
 
 class Crew:
@@ -57,6 +62,7 @@ class Crew:
         self._on_event = on_event
         self._processes: dict[int, WorkerProcess] = {}
         self._closed_deadlines: dict[int, float] = {}
+        self._unreaped: dict[int, float] = {}
         self._counters = CounterPage()
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -78,7 +84,7 @@ class Crew:
         return self._counters.gone(field) + sum(self.counters(process)[field] for process in self)
 
     def next_deadline(self) -> float | None:
-        return min(self._closed_deadlines.values(), default=None)
+        return min((*self._closed_deadlines.values(), *self._unreaped.values()), default=None)
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
@@ -97,14 +103,50 @@ class Crew:
             self._on_event(WorkerExited(action.worker, f"could not be started: {error.strerror}"))
             return
         self._processes[action.worker] = process
-        self._loop.watch(process.channel, Order.CHANNEL, lambda: self._hear(process))
+        self._loop.watch(
+            process.channel,
+            Order.CHANNEL,
+            lambda: self._hear(process),
+            on_failure=lambda error: self._failed(process, error),
+        )
+        self._watch_exit(process)
+
+    def _watch_exit(self, process: WorkerProcess) -> None:
         self._loop.watch(process.pidfd, Order.EXIT, lambda: self._ended(process))
+
+    def _failed(self, process: WorkerProcess, error: Exception) -> None:
+        """Our mistake, with one worker: it ends, the others do not."""
+        self._log.failure(f"worker {process.worker}", error)
+        self._close_channel(process)
+        self._on_event(WorkerBroke(process.worker, repr(error)))
 
     def _start(
         self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener], mailbox_fd: int
     ) -> WorkerProcess:
+        row = self._counters.take_row()
+        try:
+            return self._start_in_row(row, action, pins, label, listeners, mailbox_fd)
+        except BaseException:
+            self._counters.give_back(row)
+            raise
+
+    def _start_in_row(
+        self,
+        row: int,
+        action: Spawn,
+        pins: Pins,
+        label: str,
+        listeners: Mapping[str, Listener],
+        mailbox_fd: int,
+    ) -> WorkerProcess:
+        boot = self._boot(row, action, pins, label, listeners, mailbox_fd)
         ours, theirs = channel_pair()
-        post_mortem = post_mortem_file()
+        try:
+            post_mortem = post_mortem_file()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         environment = pins.environment | worker_variables(pins.settings.name, action.generation, label, action.slot)
         environment |= {
             CHANNEL_VARIABLE: str(theirs.fileno()),
@@ -129,10 +171,11 @@ class Crew:
             raise
         finally:
             theirs.close()
-        boot = self._boot(action, pins, label, listeners, mailbox_fd)
         return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem)
 
-    def _boot(self, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener], mailbox_fd: int) -> Boot:
+    def _boot(
+        self, row: int, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener], mailbox_fd: int
+    ) -> Boot:
         return Boot(
             generation=action.generation,
             label=label,
@@ -144,7 +187,7 @@ class Crew:
                 for listener in listeners.values()
             ),
             counters_fd=self._counters.fd,
-            counters_row=self._counters.take_row(),
+            counters_row=row,
             mailbox_fd=mailbox_fd,
         )
 
@@ -161,6 +204,8 @@ class Crew:
             return True
         try:
             process.channel.send(message, fds)
+        except UnicodeEncodeError as error:  # a setting that is no Unicode, and JSON has no place for
+            self._failed(process, error)
         except OSError as error:
             # Anything else: it is gone, and its exit is on the way.
             return error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS)
@@ -168,14 +213,24 @@ class Crew:
 
     def signal(self, worker: int, which: Signal) -> None:
         process = self._processes.get(worker)
-        if process is not None:
+        if process is None:
+            return
+        try:
             process.send_signal(which)
+        except PermissionError:  # it became another user, and we may not signal those
+            self._log.warning(
+                "may not signal the worker; its channel is closed instead", worker=worker, pid=process.pid
+            )
+            self._close_channel(process)
+            process.channel.close()
 
     # --- hearing ----------------------------------------------------------------------------------------------------
 
-    def _hear(self, process: WorkerProcess) -> None:
-        """Everything the worker has said so far."""
-        while process.is_channel_open:
+    def _hear(self, process: WorkerProcess, limit: int = MESSAGES_PER_TURN) -> None:
+        """What the worker has said so far, but no more than so many messages."""
+        for _ in range(limit):
+            if not process.is_channel_open:
+                return
             try:
                 message, fds = process.channel.receive()
             except BlockingIOError:
@@ -232,7 +287,12 @@ class Crew:
             process.is_channel_open = False
             self._loop.forget(process.channel)
 
-    def check_closed_channels(self, now: float) -> None:
+    def check(self, now: float) -> None:
+        """What is due: exits that could not be collected, and workers whose channel is closed for too long."""
+        for worker, again_at in list(self._unreaped.items()):
+            if again_at <= now:
+                del self._unreaped[worker]
+                self._watch_exit(self._processes[worker])
         for worker, deadline in list(self._closed_deadlines.items()):
             if deadline <= now:
                 del self._closed_deadlines[worker]
@@ -242,7 +302,11 @@ class Crew:
 
     def _ended(self, process: WorkerProcess) -> None:
         how = process.reap()
-        self._hear(process)  # its last words come before its exit
+        if how is None:
+            self._loop.forget(process.pidfd)  # it stays readable
+            self._unreaped[process.worker] = time.monotonic() + REAP_AGAIN_SECONDS
+            return
+        self._hear(process, sys.maxsize)  # its last words come before its exit
         self._close_channel(process)
         self._closed_deadlines.pop(process.worker, None)
         self._loop.forget(process.pidfd)

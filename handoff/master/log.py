@@ -8,6 +8,7 @@ import select
 import socket
 import stat
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Literal
 
@@ -26,6 +27,7 @@ class MasterLog:
     def __init__(self, format: Literal["text", "json"] = "text", fd: int = 2) -> None:
         self._format = format
         self._fd, self._own, self._socket = _open_without_blocking(fd)
+        self._is_file = _is_regular(self._fd)
         self._held: list[bytes] | None = None
         self._is_muted = False
         self.dropped = 0
@@ -56,6 +58,10 @@ class MasterLog:
     def warning(self, message: str, **fields: object) -> None:
         self.line("warning", message, fields)
 
+    def failure(self, what: str, error: Exception) -> None:
+        """A mistake of ours, with its frames, that was contained."""
+        self.line("error", f"{what}: {''.join(traceback.format_exception(error)).strip()}")
+
     # --- holding back -----------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
@@ -78,9 +84,11 @@ class MasterLog:
             if self._socket is not None:
                 self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 return
-            if not self._own and not _is_writable(self._fd):
-                self.dropped += 1
-                return
+            if not self._own and not self._is_file:
+                if not _is_writable(self._fd):
+                    self.dropped += 1
+                    return
+                data = data[: select.PIPE_BUF - 1].rstrip(b"\n") + b"\n"  # POLLOUT promises no more room than that
             os.write(self._fd, data)
         except OSError:  # full, or the reader is gone
             self.dropped += 1
@@ -104,6 +112,13 @@ def _open_without_blocking(fd: int) -> tuple[int, bool, socket.socket | None]:
         return os.open(f"/proc/self/fd/{fd}", flags), True, None
     except OSError:
         return fd, False, None
+
+
+def _is_regular(fd: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:
+        return False
 
 
 def _is_writable(fd: int) -> bool:

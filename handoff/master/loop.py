@@ -24,6 +24,7 @@ class HasFileno(Protocol):
 class _Watch(NamedTuple):
     order: Order
     callback: Callable[[], None]
+    on_failure: Callable[[Exception], None] | None
 
 
 class Loop:
@@ -32,10 +33,21 @@ class Loop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
 
-    def watch(self, file: HasFileno | int, order: Order, callback: Callable[[], None], writable: bool = False) -> None:
-        """Call back when `file` is readable, or with `writable` when it is readable or writable. Replaces a watch."""
+    def watch(
+        self,
+        file: HasFileno | int,
+        order: Order,
+        callback: Callable[[], None],
+        writable: bool = False,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Call back when `file` is readable, or with `writable` when it is readable or writable. Replaces a watch.
+
+        `on_failure` takes what the callback raises: one peer's trouble must not end the service. It is to stop the
+        watch, or the trouble comes again in the next turn.
+        """
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
-        watch = _Watch(order, callback)
+        watch = _Watch(order, callback, on_failure)
         fd = file if isinstance(file, int) else file.fileno()
         if fd in self._selector.get_map():
             self._selector.modify(fd, events, watch)
@@ -53,7 +65,16 @@ class Loop:
             # A callback before this one may have forgotten the file, and its number may be in use again.
             now = self._selector.get_map().get(key.fd)
             if now is not None and now.data is key.data:
-                key.data.callback()
+                _call(key.data)
 
     def close(self) -> None:
         self._selector.close()
+
+
+def _call(watch: _Watch) -> None:
+    try:
+        watch.callback()
+    except Exception as error:
+        if watch.on_failure is None:
+            raise
+        watch.on_failure(error)

@@ -135,7 +135,8 @@ class Master:
         while self._exit is None:
             self._loop.turn(self._timeout_seconds())
             now = time.monotonic()
-            self._crew.check_closed_channels(now)
+            self._crew.check(now)
+            self._server.check(now)
             self._events.append(Tick())
             self._handle_events()
             self._mailboxes.check(now)
@@ -146,7 +147,7 @@ class Master:
         return self._exit, verdict.traceback if verdict is not None else ""
 
     def _timeout_seconds(self) -> float | None:
-        sources = (self._supervisor, self._crew, self._mailboxes, self._status)
+        sources = (self._supervisor, self._crew, self._mailboxes, self._status, self._server)
         deadlines = [source.next_deadline() for source in sources]
         earliest = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return None if earliest is None else max(0.0, earliest - time.monotonic())
@@ -251,6 +252,12 @@ class Master:
                 prepared = self._preparer.prepare(action.generation, source, action.label)
         except HandoffError as error:
             self._events.append(PrepareFailed(action.generation, error.message, error.exit_code))
+            return
+        except Exception as error:  # our mistake must not end the service, which runs on
+            if self._supervisor.live is None:
+                raise
+            self._log.failure(f"generation {action.generation} could not be prepared", error)
+            self._events.append(PrepareFailed(action.generation, f"could not be prepared: {error!r}"))
             return
         self._generations[action.generation] = prepared
         self._events.append(Prepared(action.generation, prepared.timings, prepared.label))

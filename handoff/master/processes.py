@@ -38,11 +38,14 @@ class WorkerProcess:
         except ProcessLookupError:
             return  # it ended; its exit is on the way
 
-    def reap(self) -> str:
-        """Collect the exit status of the child, which has ended. Returns how it ended, in words."""
+    def reap(self) -> str | None:
+        """Collect the exit status of the child, which has ended. Returns how it ended, in words.
+
+        None: not yet. A debugger that is attached to the child hears of the end before its parent does.
+        """
         status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         if status is None:
-            raise AssertionError(f"pidfd of {self.pid} is readable, but it has not ended")
+            return None
         if status.si_code == os.CLD_EXITED:
             return f"exited with status {status.si_status}"
         return f"was killed by {_signal_name(status.si_status)}"
@@ -83,7 +86,13 @@ def _signal_name(number: int) -> str:
 
 
 def peer_groups(peer: socket.socket) -> list[int]:
-    """The supplementary groups of a unix socket's peer (unix(7), SO_PEERGROUPS, Linux 4.13)."""
+    """The supplementary groups of a unix socket's peer (unix(7), SO_PEERGROUPS, Linux 4.13); at most 256.
+
+    Of a peer with more groups than that the kernel tells none.
+    """
     so_peergroups = 59
-    data = peer.getsockopt(socket.SOL_SOCKET, so_peergroups, 64 * 1024)
+    try:
+        data = peer.getsockopt(socket.SOL_SOCKET, so_peergroups, 1024)  # CPython allows no more
+    except OSError:
+        return []
     return list(memoryview(data).cast("I"))

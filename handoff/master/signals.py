@@ -1,8 +1,12 @@
-"""Signals as bytes in a socket: handlers do nothing, the loop reads (signal.set_wakeup_fd)."""
+"""Signals wake the loop through a socket (signal.set_wakeup_fd); the handlers only remember which ones came.
+
+A byte that does not fit the socket is dropped by Python, and the signal is still remembered.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 from types import FrameType
@@ -14,12 +18,7 @@ HANDLED = (
     signal.SIGQUIT,
     signal.SIGTTIN,
     signal.SIGTTOU,
-    signal.SIGCHLD,
 )
-
-
-def _ignore(_signum: int, _frame: FrameType | None) -> None:
-    """The wakeup fd carries the signal's number; there is nothing left to do here."""
 
 
 class SignalSocket:
@@ -30,7 +29,15 @@ class SignalSocket:
         self._reader.setblocking(False)
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _ignore) for number in HANDLED}
+        self._came: list[signal.Signals] = []
+        # As PID 1 we collect strangers, too; every other child has a pidfd.
+        handled = (*HANDLED, signal.SIGCHLD) if os.getpid() == 1 else HANDLED
+        self._before = {number: signal.signal(number, self._remember) for number in handled}
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        found = signal.Signals(number)
+        if found is not signal.SIGCHLD or found not in self._came:
+            self._came.append(found)
 
     def fileno(self) -> int:
         return self._reader.fileno()
@@ -38,8 +45,9 @@ class SignalSocket:
     def read(self) -> list[signal.Signals]:
         """The signals that came, in their order."""
         with contextlib.suppress(BlockingIOError):
-            return [signal.Signals(number) for number in self._reader.recv(4096)]
-        return []
+            self._reader.recv(4096)
+        came, self._came = self._came, []
+        return came
 
     def close(self) -> None:
         for number, handler in self._before.items():

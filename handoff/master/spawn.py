@@ -33,6 +33,7 @@ def spawn(command: Command) -> tuple[int, int]:
     Never waits: a failure to execute reaches the master over the channel, as any other failed boot.
     Raises OSError when there can be no new process.
     """
+    reserved = os.dup(command.channel_fd)  # a number for the pidfd: after the fork it must not fail
     # A signal between fork and exec would run our handler in the child and write into our wakeup socket.
     mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     try:
@@ -41,7 +42,13 @@ def spawn(command: Command) -> tuple[int, int]:
             _become(command)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return pid, os.pidfd_open(pid)
+        os.close(reserved)
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)  # our child, not reaped yet: the pid is still its own
+        os.waitpid(pid, 0)
+        raise
 
 
 def _become(command: Command) -> NoReturn:

@@ -108,7 +108,7 @@ class StatusDesk:
                 refused=self._crew.total(REFUSED),
             ),
             dropped_log_lines=self._log.dropped,
-            open_fds=len(os.listdir("/proc/self/fd")) - 1,
+            open_fds=_count_fds(),
         )
 
     def _last_verdict(self) -> control.Answer | None:
@@ -162,3 +162,11 @@ class StatusDesk:
             holds=process.holds.holds if process.holds else (),
             holds_total=process.holds.total if process.holds else 0,
         )
+
+
+def _count_fds() -> int:
+    """-1 where it cannot be told: counting takes an fd."""
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        return -1

@@ -221,8 +221,12 @@ class Service:
     def control_socket(self) -> socket.socket:
         """A connection to the control socket; the caller owns it."""
         connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(self.run_dir / self.name / "control.sock"))  # with a timeout: EAGAIN in a full queue
+        except OSError:
+            connection.close()
+            raise
         connection.settimeout(DEADLINE_SECONDS)
-        connection.connect(str(self.run_dir / self.name / "control.sock"))
         return connection
 
     def status(self, drain: bool = False) -> dict[str, Any]:

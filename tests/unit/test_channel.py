@@ -455,8 +455,8 @@ def test_a_worker_that_closes_its_channel_and_lives_on_is_broken_when_its_time_i
     assert heard.events == [ProgressSaid(9, "last")]
     deadline = heard.crew.next_deadline()
     assert deadline is not None
-    heard.crew.check_closed_channels(deadline - 0.001)
+    heard.crew.check(deadline - 0.001)
     assert len(heard.events) == 1
-    heard.crew.check_closed_channels(deadline)
+    heard.crew.check(deadline)
     assert heard.events[1:] == [WorkerBroke(9, "it closed its channel and lives on")]
     assert heard.crew.next_deadline() is None

@@ -61,6 +61,22 @@ def test_a_row_that_was_given_back_is_given_out_again(page: CounterPage) -> None
     assert page.take_row() == rows[5]
 
 
+def test_when_all_rows_are_taken_there_is_an_error_and_nothing_is_lost(page: CounterPage) -> None:
+    rows = [page.take_row() for _ in range(MAXIMUM_ROWS)]
+    with pytest.raises(OSError, match="more than"):
+        page.take_row()
+    page.give_back(rows[0])
+    assert page.take_row() == rows[0]
+
+
+def test_what_a_row_counted_stays_in_the_totals(page: CounterPage) -> None:
+    for _ in range(2):
+        row = page.take_row()
+        WorkerCounters(os.dup(page.fd), row).own[REQUESTS] = 5
+        page.give_back(row)
+    assert page.gone(REQUESTS) == 10
+
+
 def test_a_worker_cannot_write_past_its_row(page: CounterPage) -> None:
     cells = WorkerCounters(os.dup(page.fd), page.take_row()).own
     with pytest.raises(IndexError):

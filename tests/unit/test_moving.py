@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import uvicorn
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from handoff.rights import send_datagram
 from handoff.worker.adopter import Adopter
 from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.state import WorkerServerState
+from handoff.worker.tested import can_move
 from tests.unit.test_unparsed import messages
 
 DEADLINE_SECONDS = 30.0
@@ -444,3 +446,18 @@ def test_a_state_of_the_future_is_refused_and_counted(run: Run) -> None:
         bench.two.counters[REFUSED] = 0  # nothing else may be refused
 
     run(scenario)
+
+
+# --- versions of uvicorn --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("0.53.9", False), ("0.54.0", True), ("0.54.9", True), ("0.55.0", False)]
+)
+def test_moves_are_off_outside_the_tested_versions_with_one_warning(
+    version: str, expected: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(uvicorn, "__version__", version)
+    assert [can_move(slot) for slot in range(3)] == [expected] * 3
+    assert len(caplog.records) == (0 if expected else 1)
+    assert all(version in record.getMessage() for record in caplog.records)
