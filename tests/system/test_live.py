@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import ssl
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,6 +152,29 @@ def test_a_thousand_idle_connections_move(directory: Path) -> None:
         assert moves(service)["refused"] == 0
 
 
+def test_tls_connections_finish_where_they_are(directory: Path) -> None:
+    (directory / "main.py").write_text(workbench("1"))
+    subject = ["-subj", "/CN=localhost", "-days", "1", "-nodes", "-keyout", "key.pem", "-out", "cert.pem"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", *subject]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    (directory / "handoff.toml").write_text('[uvicorn]\nssl_certfile = "cert.pem"\nssl_keyfile = "key.pem"\n')
+    context = ssl.create_default_context(cafile=str(directory / "cert.pem"))
+    with Service(directory) as service, service.connect() as plain:
+        with context.wrap_socket(plain, server_hostname="localhost") as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert read_response(connection)[2] == b"1"
+            connection.sendall(b"GET /until?go HTTP/1.1\r\nHost: test\r\n\r\n")
+            wait_until((directory / "go.began").exists, "the request is in progress")
+            (directory / "main.py").write_text(workbench("2"))
+            reload(service)
+            wait_until(lambda: [one["state"] for one in service.workers(1)] == ["draining"], "the old worker drains")
+            (directory / "go").touch()
+            status, headers, body = read_response(connection)
+            assert (status, body, headers["connection"]) == (200, b"1", "close")
+            assert connection.recv(1) == b""
+        settle(service)
+
+
 # --- balance --------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +251,37 @@ def test_letters_in_the_mailbox_of_a_reader_that_is_killed_reach_others(director
         assert len(given) >= 12
         for client in given:
             assert client.ask() in pids(service)
+
+
+def test_what_a_killed_sender_had_handed_over_lives_on(directory: Path) -> None:
+    with Service(directory, "-w", "2") as service, kept(service, 1200) as clients:
+        for client in clients:
+            client.ask()
+        wait_until(lambda: is_even(connections(service)), "both have their share")
+        settle(service)
+        reader, giver = service.workers()
+        given = [client for client in clients if client.ask() == str(giver["pid"]).encode()]
+        before = moves(service)["moved"]
+        os.kill(reader["pid"], signal.SIGSTOP)
+        os.kill(giver["pid"], signal.SIGTERM)
+        wait_until(lambda: moves(service)["waiting"] > 0, "the mailbox is full, and the giver waits for room")
+        os.kill(giver["pid"], signal.SIGKILL)
+        wait_until(lambda: giver["pid"] not in {worker["pid"] for worker in service.workers()}, "the giver has gone")
+        moved = moves(service)["moved"] - before
+        os.kill(reader["pid"], signal.SIGCONT)
+        settle(service)
+        assert 100 < moved < len(given)
+        assert sum(is_open(client) for client in given) == moved
+        for client in clients:
+            assert client in given or is_open(client), "the others do not notice"
+
+
+def is_open(client: Kept) -> bool:
+    try:
+        client.ask()
+    except (OSError, EOFError):
+        return False
+    return True
 
 
 def test_a_service_without_capabilities_and_with_few_fds_moves_all(directory: Path) -> None:
