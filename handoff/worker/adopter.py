@@ -18,7 +18,10 @@ RETRY_SECONDS = 0.1
 
 
 class Adopter:
-    """Reads the mailbox while it is started. Owns its reading end; `adopt` owns the fds that it is given."""
+    """Reads the mailbox while it is started. Owns its reading end.
+
+    `adopt` owns the fds that it is given, and may raise Unreadable after it has closed them.
+    """
 
     def __init__(
         self, reader: socket.socket, adopt: Callable[[AnyState, bytes, list[int]], None], counters: memoryview
@@ -59,7 +62,7 @@ class Adopter:
 
     def _take_one(self) -> bool:
         try:
-            state, data, fds = receive_letter(self._reader)
+            self._adopt(*receive_letter(self._reader))
         except BlockingIOError:
             return False
         except Unreadable as error:
@@ -70,5 +73,4 @@ class Adopter:
             self.stop()
             return False
         self._counters[ADOPTED] += 1
-        self._adopt(state, data, fds)
         return True

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import inspect
 import logging
+import os
 import signal
 import socket
 import time
@@ -22,6 +23,7 @@ from uvicorn.middleware.asgi2 import ASGI2Middleware
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.core.moves import HTTP, AnyState
 from handoff.counters import CONNECTIONS, WorkerCounters
+from handoff.mailbox import Unreadable
 from handoff.settings import Settings
 from handoff.worker.accepting import stop_accepting
 from handoff.worker.adopter import Adopter
@@ -154,7 +156,11 @@ class HTTPService:
         self._balance()
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
-        """Take over a connection; its fds are ours."""
+        """Take over a connection; its fds are ours. Raises Unreadable."""
+        if len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise Unreadable(f"a connection of HTTP came with {len(fds)} fds")
         connection = socket.socket(fileno=fds[0])
         connection.setblocking(False)
         protocol = HTTPProtocol(self._config, self._state, self._lifespan.state, adopted=(state, data))

@@ -107,7 +107,7 @@ class HTTPProtocol(HttpToolsProtocol):
             self.client = state.client
         self.scheme = "https" if state.scheme == "https" else "http"
         if state.keep_alive_until is not None:
-            left = max(0.0, state.keep_alive_until - time.monotonic())
+            left = min(max(0.0, state.keep_alive_until - time.monotonic()), self.timeout_keep_alive)
             self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
         if data:
             self.data_received(data)
