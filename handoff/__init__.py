@@ -1,6 +1,7 @@
 """handoff: serve a Python app and deploy it at any moment, under full load, without a client noticing.
 
-For applications: `listener(name)`, and `Worker` and `AsyncWorker`, which `main(worker)` gets.
+For applications: `listener(name)`, and `Worker` and `AsyncWorker`, which `main(worker)` gets, and
+`Protocol`, for connections that move.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     from handoff.worker.context import listener as listener
     from handoff.worker.library import AsyncWorker as AsyncWorker
     from handoff.worker.library import Worker as Worker
+    from handoff.worker.raw import Protocol as Protocol
 
-__all__ = ["AsyncWorker", "Worker", "__version__", "listener"]
+__all__ = ["AsyncWorker", "Protocol", "Worker", "__version__", "listener"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from handoff.worker.context import listener
 
         return listener
+    if name == "Protocol":
+        from handoff.worker.raw import Protocol
+
+        return Protocol
     if name in ("AsyncWorker", "Worker"):
         from handoff.worker import library
 

@@ -1,4 +1,4 @@
-"""A blocking program on `selectors`: it echoes, says when it is ready, and drains when it is told to.
+"""A blocking program on `selectors`: it echoes, says when it is ready, and hands its connections over at a drain.
 
 handoff run main:main --chdir examples/selectors_echo --bind 127.0.0.1:7000
 """
@@ -10,28 +10,34 @@ import socket
 
 from handoff import Worker
 
+RETRY_SECONDS = 0.05
+
 
 def main(worker: Worker) -> None:
     listener = worker.listeners["default"]
-    if not worker.ready():  # waits for the commit; False: this generation will not be live
+    if not worker.ready(adopts=True):  # waits for the commit; False: this generation will not be live
         return
-    open_connections: set[socket.socket] = set()
+    connections: set[socket.socket] = set()
     with selectors.DefaultSelector() as selector:
         selector.register(worker, selectors.EVENT_READ)
         selector.register(listener, selectors.EVENT_READ)
         is_accepting = True
-        while is_accepting or open_connections:
-            for key, _ in selector.select(worker.drain_seconds):
+        while is_accepting or connections:
+            for key, _ in selector.select(RETRY_SECONDS if worker.draining else None):
                 if key.fileobj is worker:
                     worker.wait(0)
                 elif key.fileobj is listener:
-                    accept(listener, selector, open_connections)
+                    accept(listener, selector, connections)
                 else:
-                    echo(key.fileobj, selector, open_connections)
+                    echo(key.fileobj, selector, connections)
+            for (connection,), _state in worker.adopted():  # an echo has no state
+                add(connection, selector, connections)
             if worker.draining and is_accepting:
                 is_accepting = False
                 selector.unregister(listener)  # unregister first, then close: epoll would keep a ghost
                 listener.close()
+            if worker.can_hand_over:
+                hand_over(worker, selector, connections)
             if worker.drain_seconds == 0:
                 return
 
@@ -41,8 +47,18 @@ def accept(listener: socket.socket, selector: selectors.BaseSelector, connection
         connection, _ = listener.accept()
     except BlockingIOError:  # a sibling was quicker
         return
+    add(connection, selector, connections)
+
+
+def add(connection: socket.socket, selector: selectors.BaseSelector, connections: set[socket.socket]) -> None:
     connections.add(connection)
     selector.register(connection, selectors.EVENT_READ)
+
+
+def drop(connection: socket.socket, selector: selectors.BaseSelector, connections: set[socket.socket]) -> None:
+    selector.unregister(connection)
+    connections.discard(connection)
+    connection.close()
 
 
 def echo(connection: socket.socket, selector: selectors.BaseSelector, connections: set[socket.socket]) -> None:
@@ -52,7 +68,12 @@ def echo(connection: socket.socket, selector: selectors.BaseSelector, connection
         data = b""
     if data:
         connection.sendall(data)  # an echo of this size never blocks for long; a real server would buffer
-        return
-    selector.unregister(connection)
-    connections.discard(connection)
-    connection.close()
+    else:
+        drop(connection, selector, connections)
+
+
+def hand_over(worker: Worker, selector: selectors.BaseSelector, connections: set[socket.socket]) -> None:
+    """Between two reads everything is answered: each connection may go. What is in the kernel goes along."""
+    for connection in list(connections):
+        if worker.hand_over([connection.fileno()]):
+            drop(connection, selector, connections)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 HTTP = "http/1"
+RAW = "raw/1"
 
 MAXIMUM_STATE_BYTES = 16 * 1024
 MAXIMUM_DATA_BYTES = 16 * 1024 * 1024
@@ -32,7 +33,14 @@ class HTTPState(State, frozen=True, tag=HTTP):
     next request has begun."""
 
 
-AnyState = HTTPState
+class RawState(State, frozen=True, tag=RAW):
+    """A connection of a program's own protocol; what the program says of it is the letter's data."""
+
+    listener: str = ""
+    """The name of the listener that it came from; empty for a program that hands over by itself."""
+
+
+AnyState = HTTPState | RawState
 
 
 class Letter(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ from uvicorn.lifespan.on import LifespanOn
 from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
-from handoff.core.moves import HTTP, AnyState
+from handoff.core.moves import HTTP, AnyState, HTTPState
 from handoff.counters import CONNECTIONS, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
@@ -157,10 +157,10 @@ class HTTPService:
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
-        if len(fds) != 1:
+        if len(fds) != 1 or not isinstance(state, HTTPState):
             for fd in fds:
                 os.close(fd)
-            raise Unreadable(f"a connection of HTTP came with {len(fds)} fds")
+            raise Unreadable(f"no connection of HTTP, or one with {len(fds)} fds: {state}")
         connection = socket.socket(fileno=fds[0])
         connection.setblocking(False)
         protocol = HTTPProtocol(self._config, self._state, self._lifespan.state, adopted=(state, data))
@@ -194,14 +194,14 @@ class HTTPService:
         connections = [one for one in self._state.connections if isinstance(one, HTTPProtocol)]
         for connection in connections:
             connection.cancel_move()  # it had its time; another one may be quicker
-        mover = self._state.mover
-        if not self._adopts or not mover.takes(HTTP) or mover.has_unread():
+        outbox = self._state.mover.outbox
+        if not self._adopts or not outbox.takes(HTTP) or outbox.has_unread():
             return
-        counts = {info.row: self._counters.read(info.row, CONNECTIONS) for info in mover.receivers}
+        counts = {info.row: self._counters.read(info.row, CONNECTIONS) for info in outbox.receivers}
         counts[self._row] = self._counters.own[CONNECTIONS]
         movable = iter(sorted((one for one in connections if one.is_movable), key=HTTPProtocol.is_busy))
         for row, number in shares(counts, self._row).items():
-            mailbox = next(info.mailbox for info in mover.receivers if info.row == row)
+            mailbox = next(info.mailbox for info in outbox.receivers if info.row == row)
             for connection in islice(movable, number):
                 connection.begin_move(mailbox)
 
@@ -260,11 +260,11 @@ class HTTPService:
 
     async def _send_away(self) -> None:
         """Connections move where somebody takes them; otherwise they end here, when nobody can be hoped for."""
-        state, mover = self._state, self._state.mover
+        state, outbox = self._state, self._state.mover.outbox
         is_hopeful = self._link.moves and bool(self._adopts) and self._remaining() > LINGER_SECONDS
-        if self._link.moves and self._adopts and mover.takes(HTTP):
+        if self._link.moves and self._adopts and outbox.takes(HTTP):
             state.leave = HTTPProtocol.begin_move
-        elif is_hopeful and not mover.receivers:
+        elif is_hopeful and not outbox.receivers:
             state.leave = HTTPProtocol.cancel_move  # nobody yet, or nobody now: serve on
         else:
             state.leave = HTTPProtocol.begin_drain

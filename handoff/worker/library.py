@@ -8,19 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from handoff.core.messages import Boot, Opened, Ready
-from handoff.counters import CONNECTIONS
+from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
+from handoff.counters import ADOPTED, CONNECTIONS, MOVED, REFUSED
+from handoff.mailbox import Unreadable, receive_letter
+from handoff.rights import has_headroom
 from handoff.worker.accepting import stop_accepting
+from handoff.worker.adopter import LETTERS_PER_TURN, Adopter
 from handoff.worker.context import Claims
 from handoff.worker.link import Link
+from handoff.worker.mover import Mover
+from handoff.worker.outbox import Outbox, Put
+from handoff.worker.raw import Protocol, RawConnection, makes_movable
+
+MAXIMUM_HANDED_FDS = 16
 
 
 class _Identity:
@@ -58,11 +70,11 @@ class _Identity:
         deadline = self._link.drain_deadline
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-    def _say_ready(self) -> None:
+    def _say_ready(self, adopts: bool) -> None:
         assert not self._is_ready, "ready() is for once"
         self._is_ready = True
         unserved = self._claims.close_unclaimed()
-        self._link.send(Ready(interface="handoff", unserved=unserved))
+        self._link.send(Ready(interface="handoff", unserved=unserved, adopts=(RAW,) if adopts else ()))
 
     def _leave(self, number: int) -> None:
         """The first TERM drains; one during a drain ends the worker at once."""
@@ -83,6 +95,11 @@ class Worker(_Identity):
         self._epoll = select.epoll()
         self._epoll.register(link.fileno(), select.EPOLLIN)
         self._epoll.register(self._wake_reader, select.EPOLLIN)
+        self._mailbox = socket.socket(fileno=boot.mailbox_fd)
+        self._mailbox.setblocking(False)
+        self._reads_mailbox = False
+        self._outbox = Outbox()
+        link.on_receivers = self._outbox.update
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
 
@@ -90,36 +107,91 @@ class Worker(_Identity):
         """Readable when the master has something to say: register the worker in a selector, then call `wait(0)`."""
         return self._epoll.fileno()
 
-    def ready(self) -> bool:
+    def ready(self, adopts: bool = False) -> bool:
         """Say that everything works, and wait for the commit. True: accept from now on. False: return from `main`,
-        this generation will not be live."""
-        self._say_ready()
+        this generation will not be live. `adopts`: the program takes connections over with `adopted()`."""
+        self._say_ready(adopts)
         while not self._link.is_open and not self.draining:
             self._poll(None)
         if self._link.is_draining:
             return False
+        if adopts:
+            self._reads_mailbox = True
+            self._epoll.register(self._mailbox, select.EPOLLIN)
         self._link.send(Opened())
         return True
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until a drain is asked for, or for `timeout` seconds. Returns `draining`."""
+        """Block until a drain is asked for, or there is something for `adopted`, or for `timeout` seconds.
+
+        Returns `draining`.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.draining:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 self._poll(0)
                 break
-            self._poll(left)
+            if self._poll(left):
+                break
         return self.draining
 
-    def _poll(self, timeout: float | None) -> None:
-        self._epoll.poll(timeout)
+    @property
+    def can_hand_over(self) -> bool:
+        """A drain is on, and another worker takes connections."""
+        return self.draining and self._link.moves and self._outbox.takes(RAW)
+
+    def hand_over(self, fds: Sequence[int], state: bytes = b"") -> bool:
+        """Give a connection to another worker: its fds, 1 to 16, and what that worker is to know, at most 16 MiB.
+
+        True: it is the other's now. Unregister your fds from the selector, then close them: the other way round epoll
+        keeps a ghost. False: nobody takes it at this moment; serve on and try again later (`wait(0.05)`, say). Raises
+        ValueError for too many fds or too large a state.
+        """
+        if not 1 <= len(fds) <= MAXIMUM_HANDED_FDS:
+            raise ValueError(f"hand_over: {len(fds)} fds; 1 to {MAXIMUM_HANDED_FDS}")
+        match self._outbox.put(RAW, (RawState(), state, fds)):
+            case Put.SENT:
+                self._counters[MOVED] += 1
+                return True
+            case Put.REFUSED:
+                raise ValueError(f"hand_over: a state of {len(state)} bytes; at most {MAXIMUM_DATA_BYTES}")
+        return False
+
+    def adopted(self) -> list[tuple[list[socket.socket], bytes]]:
+        """Connections that other workers handed over: sockets, non-blocking, which are yours now, and their states.
+
+        At most 16 at once: ask again when the worker is readable. A state is data, from a peer: check it. Never blocks.
+        """
+        found: list[tuple[list[socket.socket], bytes]] = []
+        if self._reads_mailbox and self._link.is_draining and self._link.moves:
+            self._reads_mailbox = False  # our replacement reads on, or the master
+            self._epoll.unregister(self._mailbox)
+        while self._reads_mailbox and len(found) < LETTERS_PER_TURN and has_headroom(self._mailbox.fileno()):
+            try:
+                _, state, fds = receive_letter(self._mailbox)
+            except BlockingIOError:
+                break
+            except Unreadable:
+                self._counters[REFUSED] += 1
+                continue
+            self._counters[ADOPTED] += 1
+            sockets = [socket.socket(fileno=fd) for fd in fds]
+            for one in sockets:
+                one.setblocking(False)
+            found.append((sockets, state))
+        return found
+
+    def _poll(self, timeout: float | None) -> bool:
+        """Whether there is something for `adopted`."""
+        ready = self._epoll.poll(timeout)
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
         if self._link.is_orphan:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(self._link.fileno())
         self._link.read()
+        return any(fd == self._mailbox.fileno() for fd, _ in ready)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
         self._leave(number)
@@ -134,8 +206,12 @@ class AsyncWorker(_Identity):
         super().__init__(boot, link, claims, counters)
         self._changed = asyncio.Event()
         self._transports: set[asyncio.BaseTransport] = set()
+        self._mover = Mover(counters)
+        self._movable: dict[asyncio.BaseTransport, RawConnection] = {}
+        self._adopting: set[asyncio.Task[Any]] = set()
         loop = asyncio.get_running_loop()
         link.on_change = self._link_changed
+        link.on_receivers = self._mover.update
         loop.add_reader(link.fileno(), link.read)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._leave, number)
@@ -148,7 +224,10 @@ class AsyncWorker(_Identity):
     async def ready(self) -> bool:
         """Say that everything works, and wait for the commit. True: accept from now on. False: return from `main`,
         this generation will not be live."""
-        self._say_ready()
+        return await self._ready(adopts=False)
+
+    async def _ready(self, adopts: bool) -> bool:
+        self._say_ready(adopts)
         await self._until(lambda: self._link.is_open or self._link.is_draining)
         if self._link.is_draining:
             return False
@@ -165,29 +244,86 @@ class AsyncWorker(_Identity):
         """Say ready, accept on the named listeners (default: all) after the commit, and at a drain wait, under its
         deadline, until every connection is closed; what is left then is aborted.
 
-        The protocol's instances need a `__dict__`: their connection_made and connection_lost are watched.
+        Where the factory is a subclass of handoff.Protocol, connections move instead, as soon as their protocols let
+        them. The protocol's instances need a `__dict__`: their connection_made and connection_lost are watched.
         """
         sockets = {name: self.listeners[name] for name in (listeners if listeners is not None else list(self._claims))}
-        if not await self.ready():
+        moves = makes_movable(protocol_factory)
+        if not await self._ready(adopts=moves):
             return
-
-        def watched() -> asyncio.Protocol:
-            return self._watched(protocol_factory())
-
         loop = asyncio.get_running_loop()
         backlog = self._boot.settings.backlog
-        servers = [await loop.create_server(watched, sock=listener, backlog=backlog) for listener in sockets.values()]
+        factories = {name: partial(self._make, protocol_factory, name) for name in sockets}
+        servers = [
+            await loop.create_server(factories[name], sock=listener, backlog=backlog)
+            for name, listener in sockets.items()
+        ]
+        adopter = Adopter(socket.socket(fileno=self._boot.mailbox_fd), partial(self._adopt, factories), self._counters)
+        if moves:
+            adopter.start()
         await self.drained()
-        ending = [sockets[name] for name in self._link.ending_listeners if name in sockets]
-        await stop_accepting(servers, ending, watched)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.drain_seconds):
-                await self._until(lambda: not self._transports)
+        if moves and self._link.moves:
+            adopter.stop()  # our replacement reads on, or the master
+        elif moves:
+            adopter.take_all()
+        for name, server in zip(sockets, servers, strict=True):
+            ending = [sockets[name]] if name in self._link.ending_listeners else []
+            await stop_accepting([server], ending, factories[name])
+        await self._until_empty()
         for transport in list(self._transports):
             getattr(transport, "abort", transport.close)()
         await asyncio.sleep(0)  # connection_lost of what was aborted is called in the next turn
 
-    def _watched(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+    async def _until_empty(self) -> None:
+        """Until no connection is left, or the deadline. They move where somebody takes them."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.drain_seconds) as limit:
+                while self._transports or self._adopting:
+                    moves = self._link.moves and self._mover.outbox.takes(RAW)
+                    for connection in list(self._movable.values()):
+                        if moves:
+                            connection.begin_move()
+                        else:
+                            connection.cancel_move()
+                    await self._changed.wait()
+                    self._changed.clear()
+                    left = self.drain_seconds
+                    if left is not None:  # a later message may have brought the deadline nearer
+                        limit.reschedule(asyncio.get_running_loop().time() + left)
+
+    def _make(self, protocol_factory: Callable[[], asyncio.Protocol], listener: str) -> asyncio.Protocol:
+        return self._watched(protocol_factory(), listener)
+
+    def _adopt(
+        self, factories: Mapping[str, Callable[[], asyncio.Protocol]], state: AnyState, data: bytes, fds: list[int]
+    ) -> None:
+        """Take over a connection; its fds are ours. Raises Unreadable."""
+        if not isinstance(state, RawState) or state.listener not in factories or len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise Unreadable(f"no such listener here, or no connection of this kind: {state}")
+        connection = socket.socket(fileno=fds[0])
+        connection.setblocking(False)
+        protocol: Any = factories[state.listener]()
+        made = protocol.connection_made
+
+        def connection_made(transport: asyncio.BaseTransport) -> None:
+            made(transport)
+            protocol.attach(data)
+
+        protocol.connection_made = connection_made
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(loop.connect_accepted_socket(lambda: protocol, connection))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopted)
+
+    def _adopted(self, task: asyncio.Task[Any]) -> None:
+        self._adopting.discard(task)
+        self._changed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logging.getLogger("handoff").warning("a connection could not be taken over: %s", error)
+
+    def _watched(self, protocol: asyncio.Protocol, listener: str) -> asyncio.Protocol:
         """The same protocol, its two ends reported to us; the data path is untouched."""
         watched: Any = protocol
         made, lost = protocol.connection_made, protocol.connection_lost
@@ -198,9 +334,17 @@ class AsyncWorker(_Identity):
             self._transports.add(transport)
             self._counters[CONNECTIONS] = len(self._transports)
             made(transport)
+            if isinstance(protocol, Protocol):
+                self._movable[transport] = RawConnection(
+                    protocol, cast("asyncio.Transport", transport), listener, self._mover
+                )
+                if self._link.is_draining:
+                    self._changed.set()
 
         def connection_lost(error: Exception | None) -> None:
             self._transports.difference_update(transports)
+            for transport in transports:
+                self._movable.pop(transport, None)
             self._counters[CONNECTIONS] = len(self._transports)
             if self._link.is_draining:
                 self._changed.set()

@@ -56,12 +56,13 @@ def get(port: int, path: str = "/") -> bytes:
 
 def echo(port: int) -> bytes:
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(b"hello")
+        connection.sendall(b"hello\n")
         return connection.recv(100)
 
 
 TALKS: dict[str, Callable[[int], bytes]] = {
     "asyncio_echo": echo,
+    "chat": echo,
     "selectors_echo": echo,
     "django_app": get,
     "fastapi_app": get,
@@ -80,7 +81,7 @@ def test_the_written_command_serves_before_and_after_a_reload(
     talk = TALKS[example]
     with Service(tmp_path, *on_free_ports(arguments), app=None, bind=bind) as service:
         first = talk(service.port)
-        assert b"hello" in first.lower()
+        assert b"hello" in first.lower(), first
         assert service.ask({"type": "reload"})["exit_code"] == 0
         service.wait_for_generations(2)
         assert talk(service.port) == first
@@ -154,6 +155,6 @@ def test_an_echo_program_keeps_its_clients_through_the_drain(tmp_path: Path, exa
         assert service.ask({"type": "reload"})["exit_code"] == 0
         old.sendall(b"after")
         assert old.recv(100) == b"after"
-        assert echo(service.port) == b"hello"
+        assert echo(service.port) == b"hello\n"
         old.close()
         service.wait_for_generations(2)

@@ -215,7 +215,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[bytes], list[int], list[bool]]:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(conversations())
 def test_a_client_gets_the_bytes_that_it_would_have_got_without_moves(
     loop: str, conversation: tuple[list[bytes], list[int], list[bool]]
@@ -402,7 +402,7 @@ def test_a_connection_waits_as_long_as_nobody_takes_its_kind(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
         with await bench.connect() as client:
             bench.one.gives_to(bench.two, ("other/1",))
-            assert not bench.one.state.mover.takes(HTTP)
+            assert not bench.one.state.mover.outbox.takes(HTTP)
             bench.one.move_all()
             await bench.until(lambda: bench.one.counters[WAITING] == 1)
             bench.one.gives_to(bench.two)

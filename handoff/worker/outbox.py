@@ -1,0 +1,79 @@
+"""The writing ends of other workers' mailboxes: putting one letter into one of them. Never waits."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+from handoff.core.messages import ReceiverInfo, Receivers
+from handoff.core.moves import AnyState
+from handoff.mailbox import TooLarge, send_letter, unread_bytes
+
+
+class Put(enum.Enum):
+    """What became of a letter."""
+
+    SENT = "sent"
+    FULL = "full"
+    """Every mailbox is full; each becomes writable when there is room."""
+    LATER = "later"
+    """Nobody takes it now, or too many fds are under way (ETOOMANYREFS), of which polling tells nothing."""
+    REFUSED = "refused"
+    """It does not fit a letter."""
+
+
+class Outbox:
+    """One worker's. Owns the writing ends."""
+
+    def __init__(self) -> None:
+        self._writers: dict[int, socket.socket] = {}
+        self.receivers: tuple[ReceiverInfo, ...] = ()
+        self._next = os.getpid()  # several senders should not all begin with the same receiver
+
+    def update(self, message: Receivers, fds: list[int]) -> None:
+        """Take the master's list. Owns the fds: the writing ends of the mailboxes that are new."""
+        fresh = iter(fds)
+        for info in message.receivers:
+            if info.is_new:
+                self._writers[info.mailbox] = socket.socket(fileno=next(fresh))
+                self._writers[info.mailbox].setblocking(False)
+        self.receivers = message.receivers
+        kept = {info.mailbox for info in message.receivers}
+        for mailbox in [mailbox for mailbox in self._writers if mailbox not in kept]:
+            self._writers.pop(mailbox).close()
+
+    def takes(self, kind: str) -> bool:
+        """Somebody adopts connections of this kind."""
+        return any(kind in info.adopts for info in self.receivers)
+
+    def has_unread(self) -> bool:
+        """Letters lie in a mailbox: its owner's count of connections does not tell what it will have."""
+        return any(unread_bytes(self._writers[info.mailbox]) for info in self.receivers)
+
+    def writers(self, kind: str) -> list[socket.socket]:
+        """Of those that adopt this kind; borrowed."""
+        return [self._writers[info.mailbox] for info in self.receivers if kind in info.adopts]
+
+    def put(self, kind: str, letter: tuple[AnyState, bytes, Sequence[int]], mailbox: int | None = None) -> Put:
+        """Send one letter, whose fds are borrowed: to `mailbox` if it has room, else to the others in turn."""
+        targets = [info for info in self.receivers if kind in info.adopts]
+        chosen = [info for info in targets if info.mailbox == mailbox]
+        self._next += 1
+        first = self._next % len(targets) if targets else 0
+        result = Put.LATER
+        for info in (*chosen, *targets[first:], *targets[:first]):
+            try:
+                send_letter(self._writers[info.mailbox], *letter)
+            except TooLarge:
+                return Put.REFUSED
+            except BlockingIOError:
+                result = Put.FULL
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS:
+                    return Put.LATER
+            else:
+                return Put.SENT
+        return result

@@ -1,0 +1,117 @@
+"""Connections of a program's own protocol that move: `handoff.Protocol`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from handoff.core.moves import RAW, RawState
+from handoff.worker.mover import Mover
+
+
+class Protocol(asyncio.Protocol):
+    """An asyncio protocol whose connection can move to another worker. For `AsyncWorker.serve`.
+
+    At a drain `detach` is asked for the connection's state: at once, and again after whatever happens on it. The worker
+    that takes over makes a protocol of its own, and calls `connection_made`, then `attach` with that state, and only
+    then `data_received`.
+    """
+
+    _connection: RawConnection | None = None
+
+    def detach(self) -> bytes | None:
+        """The state of the connection, at most 16 MiB, to let it move; None: not now.
+
+        Everything that was written has left this process. After a state was returned nothing is received any more, and
+        nothing may be written. `connection_lost(None)` follows, or, where the connection could not move after all,
+        `attach` with the same state.
+        """
+        return None
+
+    def attach(self, state: bytes) -> None:
+        """Go on where another worker stopped; `state` is what its `detach` returned. Data, from a peer: check it."""
+
+    def quiet(self) -> None:
+        """Ask to be asked: `detach` would return a state now. Of no effect while there is no drain."""
+        if self._connection is not None:
+            asyncio.get_running_loop().call_soon(self._connection.try_move)
+
+
+def makes_movable(factory: Callable[[], Any]) -> bool:
+    """The factory is a subclass of Protocol, or a partial of one."""
+    made = factory.func if isinstance(factory, functools.partial) else factory
+    return isinstance(made, type) and issubclass(made, Protocol)
+
+
+class RawConnection:
+    """One connection that may move. Borrows the protocol and its transport."""
+
+    kind = RAW
+
+    def __init__(self, protocol: Protocol, transport: asyncio.Transport, listener: str, mover: Mover) -> None:
+        self._protocol: Any = protocol
+        self._transport = transport
+        self._listener = listener
+        self._mover = mover
+        self._client = transport.get_extra_info("peername")
+        self._state: bytes | None = None
+        self._is_leaving = False
+
+    def begin_move(self) -> None:
+        if self._is_leaving:
+            return
+        self._is_leaving = True
+        protocol = self._protocol
+        received, resumed = protocol.data_received, protocol.resume_writing
+
+        def data_received(data: bytes) -> None:
+            received(data)
+            self.try_move()
+
+        def resume_writing() -> None:
+            resumed()
+            self.try_move()
+
+        protocol.data_received, protocol.resume_writing = data_received, resume_writing
+        protocol._connection = self
+        self._transport.set_protocol(protocol)  # uvloop keeps the bound methods
+        self.try_move()
+
+    def try_move(self) -> None:
+        """When everything is written, ask the protocol; reading stops first, so that nothing comes in between."""
+        if self._state is not None or not self._is_leaving or self._transport.is_closing():
+            return
+        self._transport.pause_reading()
+        if self._transport.get_write_buffer_size():
+            self._transport.set_write_buffer_limits(high=0)  # so that resume_writing says when it is empty
+            return
+        self._state = self._protocol.detach()
+        if self._state is None:
+            self._transport.resume_reading()
+        else:
+            self._mover.post(self)
+
+    def cancel_move(self) -> None:
+        """The connection stays: the protocol goes on with its own state."""
+        state, self._state = self._state, None
+        self._is_leaving = False
+        if state is not None and not self._transport.is_closing():
+            self._protocol.attach(state)
+            self._transport.resume_reading()
+
+    # --- what the mover asks ----------------------------------------------------------------------------------------
+
+    def letter(self) -> tuple[RawState, bytes, Sequence[int]] | None:
+        if self._state is None or self._transport.is_closing():
+            return None
+        client = tuple(self._client[:2]) if isinstance(self._client, tuple) else None
+        state = RawState(client=client, listener=self._listener)
+        return state, self._state, (self._transport.get_extra_info("socket").fileno(),)
+
+    def moved(self) -> None:
+        self._transport.abort()
+
+    def refused(self) -> None:
+        self.cancel_move()
