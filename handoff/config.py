@@ -470,6 +470,7 @@ _OPTIONS = {
         _matching("root_path", lambda path: re.fullmatch(r"(?:/[!-~]*)?", path), "a path that begins with /"),
         _named("header", _read_headers, _check_headers, "headers"),
         _flag("access_log"),
+        _choice("websockets", "hand-over", "close"),
         _choice("log_format", "text", "json"),
         _matching("log_config", _is_path, "the path of a file"),
         _flag("generation_header"),

@@ -45,6 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     root_path: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     access_log: bool = True
+    websockets: Literal["hand-over", "close"] = "close"
     log_format: LogFormat = "text"
     log_config: str | None = None
     generation_header: bool = False

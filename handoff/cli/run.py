@@ -73,6 +73,11 @@ _NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
 @click.option("--root-path", help="The path that the application is mounted under.")
 @click.option("--header", multiple=True, metavar="K:V", help="Added to each response; repeatable.")
 @click.option("--access-log/--no-access-log", default=None, help="On by default.")
+@click.option(
+    "--websockets",
+    type=click.Choice(["hand-over", "close"]),
+    help="In a reload: move, or run on and be closed with 1012 at the drain's deadline (default).",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Default text.")
 @click.option("--log-config", metavar="FILE", help="A logging configuration for the workers.")
 @click.option("--generation-header", is_flag=True, default=None, help="Add `handoff-generation: N` to each response.")

@@ -6,10 +6,13 @@ version is another kind: `http/2` would be one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 HTTP = "http/1"
 RAW = "raw/1"
+WEBSOCKET = "websocket/1"
 
 MAXIMUM_STATE_BYTES = 16 * 1024
 MAXIMUM_DATA_BYTES = 16 * 1024 * 1024
@@ -40,7 +43,20 @@ class RawState(State, frozen=True, tag=RAW):
     """The name of the listener that it came from; empty for a program that hands over by itself."""
 
 
-AnyState = HTTPState | RawState
+class WebSocketState(State, frozen=True, tag=WEBSOCKET):
+    """An open WebSocket between two messages. The letter's data: the handshake's request, then what came later."""
+
+    scheme: str = "ws"
+    request_bytes: int = 0
+    """How much of the letter's data is the request."""
+    subprotocol: str | None = None
+    extensions: str = ""
+    """What was negotiated, as the header said it: the new worker must come to the same."""
+    state: dict[str, Any] = {}
+    """What the application left for its successor; JSON."""
+
+
+AnyState = HTTPState | RawState | WebSocketState
 
 
 class Letter(msgspec.Struct, frozen=True, kw_only=True):

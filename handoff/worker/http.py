@@ -21,7 +21,7 @@ from uvicorn.lifespan.on import LifespanOn
 from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
-from handoff.core.moves import HTTP, AnyState, HTTPState
+from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketState
 from handoff.counters import CONNECTIONS, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
@@ -32,10 +32,11 @@ from handoff.worker.check import request_self
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import BAD_CONFIGURATION, log_config
-from handoff.worker.protocol import HTTPProtocol, WebSocketProtocol
+from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
 from handoff.worker.timeout import RequestTimeout
+from handoff.worker.websocket import WebSocketProtocol
 
 LINGER_SECONDS = 2.0
 """How long an idle kept-alive connection may still send a request after a drain began."""
@@ -70,7 +71,8 @@ class HTTPService:
         self._state = WorkerServerState(counters.own)
         self._adopter = Adopter(socket.socket(fileno=boot.mailbox_fd), self._adopt, counters.own)
         self._adopting: set[asyncio.Task[Any]] = set()
-        self._adopts = (HTTP,) if can_move(boot.slot) else ()
+        self._adopts = _kinds(boot)
+        self._state.hands_websockets_over = WEBSOCKET in self._adopts
         self._changed = asyncio.Event()
         self._servers: list[asyncio.Server] = []
 
@@ -157,13 +159,18 @@ class HTTPService:
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
-        if len(fds) != 1 or not isinstance(state, HTTPState):
+        protocol: HTTPProtocol | WebSocketProtocol
+        app_state = self._lifespan.state
+        if isinstance(state, HTTPState) and len(fds) == 1:
+            protocol = HTTPProtocol(self._config, self._state, app_state, adopted=(state, data))
+        elif isinstance(state, WebSocketState) and WEBSOCKET in self._adopts and len(fds) == 1:
+            protocol = WebSocketProtocol(self._config, self._state, app_state, adopted=(state, data))
+        else:
             for fd in fds:
                 os.close(fd)
-            raise Unreadable(f"no connection of HTTP, or one with {len(fds)} fds: {state}")
+            raise Unreadable(f"a connection that is not taken here, with {len(fds)} fds: {state}")
         connection = socket.socket(fileno=fds[0])
         connection.setblocking(False)
-        protocol = HTTPProtocol(self._config, self._state, self._lifespan.state, adopted=(state, data))
         task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
@@ -274,6 +281,8 @@ class HTTPService:
             one = _ours(connection)
             if isinstance(one, HTTPProtocol):
                 state.leave(one)
+            elif self._link.moves and outbox.takes(WEBSOCKET):
+                one.begin_move()
             else:
                 one.begin_drain()
 
@@ -358,6 +367,13 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
         raise BootFailure(f"uvicorn does not take these settings: {error}") from None
     assert config.lifespan_class in (LifespanOn, LifespanOff)
     return config
+
+
+def _kinds(boot: Boot) -> tuple[str, ...]:
+    """What may move here."""
+    if not can_move(boot.slot):
+        return ()
+    return (HTTP, WEBSOCKET) if boot.settings.websockets == "hand-over" else (HTTP,)
 
 
 def _check_passed_through(settings: Settings) -> None:

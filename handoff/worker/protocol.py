@@ -1,4 +1,4 @@
-"""uvicorn's protocols with a drain that loses nothing, and connections that can move to another worker.
+"""uvicorn's HTTP protocol with a drain that loses nothing, and connections that can move to another worker.
 
 Built on these internals of uvicorn (a test for each fails when one changes): HttpToolsProtocol's `cycle`, `pipeline`,
 `scope`, `connections`, `flow`, `timeout_keep_alive_task`, `timeout_keep_alive_handler`, `on_response_complete`, the
@@ -6,7 +6,7 @@ bodies of `data_received`, `on_body` and `on_message_complete`, that a message's
 cycle at the end of its head, and that each request is started by `self._start_asgi_task(cycle, app)`;
 RequestResponseCycle's `keep_alive`, `response_started`, `response_complete`, `on_response`, `transport`, that it has
 no slots, that `send` sets `response_started` before it asks for `keep_alive`, and that it calls `transport.close()`
-after a response without keep-alive; WebSocketsSansIOProtocol's `shutdown`.
+after a response without keep-alive.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from handoff.core.messages import Hold
 from handoff.core.moves import HTTP, HTTPState
 from handoff.worker.ending import Discard, LastCycle
-from handoff.worker.state import WorkerServerState
+from handoff.worker.state import WorkerServerState, address
 from handoff.worker.unparsed import BodySplitter, after_last_message
 
 LINGER_CLOSE_SECONDS = 2.0
@@ -368,39 +367,7 @@ class HTTPProtocol(HttpToolsProtocol):
         path, kind = "", "connection"
         if self.cycle is not None and not self.cycle.response_complete:
             path, kind = self.cycle.scope["path"], "request"
-        return Hold(kind, _address(self.client), path, now - self.seen_at)
-
-
-class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """WebSockets of uvicorn, counted; a drain leaves them alone until its deadline."""
-
-    def __init__(
-        self,
-        config: Config,
-        server_state: WorkerServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.server_state = server_state
-        self.began_at = self.loop.time()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.server_state.connection_lost()
-
-    def observe(self, now: float) -> None:
-        """Its age is that of the connection."""
-
-    def begin_drain(self) -> None:
-        """It runs on; at the deadline `cut_off` says 1012, which asks clients to come back."""
-
-    def cut_off(self) -> None:
-        self.shutdown()
-
-    def hold(self, now: float) -> Hold | None:
-        path = self.scope["path"] if self.handshake_initiated else ""
-        return Hold("websocket", _address(self.client), path, now - self.began_at)
+        return Hold(kind, address(self.client), path, now - self.seen_at)
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:
@@ -409,7 +376,3 @@ def _unread_bytes(transport: asyncio.Transport) -> int:
     count = array.array("i", [0])
     fcntl.ioctl(connection.fileno(), termios.FIONREAD, count)
     return count[0]
-
-
-def _address(client: tuple[str, int] | None) -> str:
-    return f"{client[0]}:{client[1]}" if client else "unix"

@@ -24,6 +24,7 @@ class WorkerServerState(ServerState):
         self.mover = Mover(counters)
         self.leave: Callable[[HTTPProtocol], None] | None = None
         """While draining: what a connection does that comes late."""
+        self.hands_websockets_over = False
         self.is_draining = False
         self.linger_seconds = 0.0
         self.emptied = asyncio.Event()
@@ -40,3 +41,8 @@ class WorkerServerState(ServerState):
     def publish(self) -> None:
         self.counters[REQUESTS] = self.total_requests
         self.counters[IN_PROGRESS] = len(self.tasks)
+
+
+def address(client: tuple[str, int] | None) -> str:
+    """Of a client, for people."""
+    return f"{client[0]}:{client[1]}" if client else "unix"

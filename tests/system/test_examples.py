@@ -69,6 +69,7 @@ TALKS: dict[str, Callable[[int], bytes]] = {
     "flask_app": get,
     "hello": get,
     "metrics_port": get,
+    "websocket_counter": get,
 }
 
 

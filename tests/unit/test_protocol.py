@@ -18,8 +18,9 @@ from uvicorn.config import Config
 from handoff.core.messages import Hold
 from handoff.counters import CONNECTIONS, FIELDS, IN_PROGRESS, REQUESTS
 from handoff.worker import protocol as module
-from handoff.worker.protocol import HTTPProtocol, LastCycle, WebSocketProtocol
+from handoff.worker.protocol import HTTPProtocol, LastCycle
 from handoff.worker.state import WorkerServerState
+from handoff.worker.websocket import WebSocketProtocol
 
 DEADLINE_SECONDS = 20.0
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -20,8 +20,12 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.http11 import Request
+from websockets.protocol import State as ConnectionState
+from websockets.server import ServerProtocol
 
 from handoff.worker.tested import can_move
+from handoff.worker.websocket import _independent_frames
 
 ROOT = Path(__file__).parents[2]
 
@@ -349,3 +353,50 @@ def test_the_loaded_configuration_has_what_the_worker_uses(config: Config) -> No
 )
 def test_the_configuration_takes_the_parameter(name: str) -> None:
     assert name in parameters_of(Config.__init__), f"uvicorn's Config takes no {name} any more"
+
+
+# --- WebSockets that move -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("conn", "queue", "frames", "handshake_complete", "close_sent", "disconnected", "close_timer"),
+        *("stop_keepalive", "start_keepalive", "run_asgi", "shutdown", "initial_response", "data_received"),
+    ],
+)
+def test_a_websocket_has_its_attribute(config: Config, loop: Any, name: str) -> None:
+    assert hasattr(WebSocketsSansIOProtocol(config, ServerState(), {}, loop), name)
+
+
+def test_the_end_of_a_websockets_task_closes_the_connection_unless_a_close_is_timed() -> None:
+    text = ast.unparse(tree_of(WebSocketsSansIOProtocol.run_asgi))
+    assert text.rstrip().endswith("if self.close_timer is None:\n        self.transport.close()")
+
+
+def test_what_is_sent_on_a_websocket_that_is_disconnected_is_an_error_of_the_application() -> None:
+    assert position(WebSocketsSansIOProtocol.send, "if self.disconnected:") < position(
+        WebSocketsSansIOProtocol.send, "raise ClientDisconnected()"
+    )
+
+
+def test_a_handshake_that_is_gone_through_again_negotiates_the_same() -> None:
+    request = (
+        b"GET /a?b HTTP/1.1\r\nHost: t\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
+    )
+    found = []
+    for _ in range(2):
+        connection = ServerProtocol(extensions=_independent_frames())
+        connection.receive_data(request)
+        (event,) = connection.events_received()
+        assert isinstance(event, Request)
+        response = connection.accept(event)
+        connection.send_response(response)
+        assert connection.state is ConnectionState.OPEN
+        assert connection.current_size is None
+        found.append(response.headers["Sec-WebSocket-Extensions"])
+    assert found[0] == found[1]
+    assert "server_no_context_takeover" in found[0]
+    assert "client_no_context_takeover" in found[0]
