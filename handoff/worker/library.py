@@ -111,7 +111,8 @@ class Worker(_Identity):
         """Say that everything works, and wait for the commit. True: accept from now on. False: return from `main`,
         this generation will not be live. `adopts`: the program takes connections over with `adopted()`."""
         self._say_ready(adopts)
-        while not self._link.is_open and not self.draining:
+        self._link.read()
+        while not self._link.is_open and not self._link.is_draining:
             self._poll(None)
         if self._link.is_draining:
             return False
@@ -165,12 +166,14 @@ class Worker(_Identity):
         """
         found: list[tuple[list[socket.socket], bytes]] = []
         if self._reads_mailbox and self._link.is_draining and self._link.moves:
-            self._reads_mailbox = False  # our replacement reads on, or the master
-            self._epoll.unregister(self._mailbox)
+            self._stop_adopting()  # our replacement reads on, or the master
         while self._reads_mailbox and len(found) < LETTERS_PER_TURN and has_headroom(self._mailbox.fileno()):
             try:
                 _, state, fds = receive_letter(self._mailbox)
             except BlockingIOError:
+                break
+            except EOFError:  # the master closed the writing end; its message that we drain comes by another way
+                self._stop_adopting()
                 break
             except Unreadable:
                 self._counters[REFUSED] += 1
@@ -181,6 +184,10 @@ class Worker(_Identity):
                 one.setblocking(False)
             found.append((sockets, state))
         return found
+
+    def _stop_adopting(self) -> None:
+        self._reads_mailbox = False
+        self._epoll.unregister(self._mailbox)
 
     def _poll(self, timeout: float | None) -> bool:
         """Whether there is something for `adopted`."""
