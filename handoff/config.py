@@ -38,6 +38,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str | None = None
     pidfile: str | None = None
     control_group: str | None = None
+    metrics: str | None = None
+    """An address, a relative path of a unix socket as typed."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +84,7 @@ def load_service_options(launch: Launch, directory: str) -> ServiceOptions:
     values: dict[str, Any] = {}
     for key in ServiceOptions.__struct_fields__:
         value = _value_of(config, launch, key)
-        if value is not None and key != "control_group":
+        if value is not None and key in ("run_dir", "pidfile"):
             value = os.path.join(launch.directory, value)
         values[key] = value
     return ServiceOptions(**values)
@@ -439,6 +441,18 @@ def _check_surge(value: int) -> None:
         raise ValueError(_SURGE)
 
 
+_A_METRICS_ADDRESS = "HOST:PORT, [V6]:PORT or unix:PATH"
+
+
+def _check_metrics(value: str) -> None:
+    try:
+        bind = parse_bind(value)
+    except UsageError:
+        bind = None
+    if bind is None or bind.kind == "fd" or bind.name is not None:
+        raise ValueError(f"expected {_A_METRICS_ADDRESS}")
+
+
 _NAME_EXPECTED = f"up to {MAX_NAME_LENGTH} letters, digits and . _ -, the first no . or -"
 
 _OPTIONS = {
@@ -479,6 +493,7 @@ _OPTIONS = {
         _matching("run_dir", _is_path, "the path of a directory"),
         _matching("pidfile", _is_path, "the path of a file"),
         _matching("control_group", _is_path, "the name of a group"),
+        _named("metrics", _text(_A_METRICS_ADDRESS), _check_metrics),
     )
 }
 _OPTIONS_BY_FIELD = {option.field: option for option in _OPTIONS.values()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterable
 
 CONNECTIONS = 0
 REQUESTS = 1
@@ -20,9 +21,25 @@ ADOPTED = 5
 REFUSED = 6
 """Connections that could not move, or could not be taken over."""
 FIELDS = 16
-"""Room for later fields; 128 bytes, so that two writers never share a cache line."""
+"""Room for later fields."""
+
+# What only `--metrics` counts.
+DURATION_NANOSECONDS = 16
+"""The sum over all answered requests."""
+DURATIONS = 17
+"""From here on a histogram: one cell for each bound, and one for what is longer than all of them."""
+DURATION_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Seconds; what takes no longer counts for the bound."""
+STATUSES = 64
+"""From here on one cell for each status, from 100 to 599."""
+FIRST_STATUS = 100
+STATUS_COUNT = 500
+CELLS = 576
+"""Of a row: a multiple of 8, so that two writers never share a cache line."""
+
 MAXIMUM_ROWS = 2048
-_BYTES = MAXIMUM_ROWS * FIELDS * 8
+_ROW_BYTES = CELLS * 8
+_BYTES = MAXIMUM_ROWS * _ROW_BYTES
 
 
 class CounterPage:
@@ -33,7 +50,7 @@ class CounterPage:
         os.ftruncate(self.fd, _BYTES)
         self._cells = memoryview(mmap.mmap(self.fd, _BYTES)).cast("Q")
         self._free = list(range(MAXIMUM_ROWS - 1, -1, -1))
-        self._gone = [0] * FIELDS
+        self._gone = [0] * CELLS
 
     def take_row(self) -> int:
         """Raises OSError when all are taken."""
@@ -43,16 +60,20 @@ class CounterPage:
 
     def give_back(self, row: int) -> None:
         """Its worker is gone; what it counted stays in the totals."""
-        self._gone = [total + cell for total, cell in zip(self._gone, self.read(row), strict=True)]
-        self._cells[row * FIELDS : (row + 1) * FIELDS] = memoryview(bytes(FIELDS * 8)).cast("Q")
+        self._gone = [total + cell for total, cell in zip(self._gone, self.read_all(row), strict=True)]
+        self._cells[row * CELLS : (row + 1) * CELLS] = memoryview(bytes(_ROW_BYTES)).cast("Q")
         self._free.append(row)
 
-    def gone(self, field: int) -> int:
-        """The sum over all workers that are gone. Of use for fields that only grow."""
-        return self._gone[field]
+    def totals(self, rows: Iterable[int]) -> list[int]:
+        """The sums over these rows and all workers that are gone. Of use for cells that only grow."""
+        return [sum(cells) for cells in zip(self._gone, *map(self.read_all, rows), strict=True)]
 
     def read(self, row: int) -> tuple[int, ...]:
-        return tuple(self._cells[row * FIELDS : (row + 1) * FIELDS])
+        """What is counted always."""
+        return tuple(self._cells[row * CELLS : row * CELLS + FIELDS])
+
+    def read_all(self, row: int) -> tuple[int, ...]:
+        return tuple(self._cells[row * CELLS : (row + 1) * CELLS])
 
 
 class WorkerCounters:
@@ -61,8 +82,8 @@ class WorkerCounters:
     def __init__(self, fd: int, row: int) -> None:
         self._cells = memoryview(mmap.mmap(fd, _BYTES)).cast("Q")
         os.close(fd)
-        self.own = self._cells[row * FIELDS : (row + 1) * FIELDS]
+        self.own = self._cells[row * CELLS : (row + 1) * CELLS]
         """Unsigned 64-bit cells."""
 
     def read(self, row: int, field: int) -> int:
-        return self._cells[row * FIELDS + field]
+        return self._cells[row * CELLS + field]

@@ -55,6 +55,7 @@ _NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
 @click.option("--run-dir", metavar="DIR", help="Where services keep their control sockets.")
 @click.option("--pidfile", metavar="PATH", help="Locked for as long as the service runs.")
 @click.option("--control-group", metavar="GROUP", help="Members of this group may control the service, too.")
+@click.option("--metrics", metavar="ADDR", help="Answer Prometheus here: HOST:PORT or unix:PATH, path /metrics.")
 @click.option("--check", metavar="PATH", help="A new worker must answer this well before it gets clients.")
 @click.option("--check-timeout", type=Duration(), help="For the check and each warm-up request. Default 5s.")
 @click.option("--warm-up", multiple=True, metavar="PATH", help="Requested before the check; repeatable.")

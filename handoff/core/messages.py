@@ -103,6 +103,8 @@ class Boot(Message, frozen=True, tag="boot"):
     counters_row: int
     mailbox_fd: int
     """The reading end of its slot's mailbox, inherited."""
+    measures: bool = False
+    """Count requests by status and duration."""
 
 
 class Open(Message, frozen=True, tag="open"):

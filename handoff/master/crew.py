@@ -56,8 +56,10 @@ MESSAGES_PER_TURN = 64
 class Crew:
     """Starts workers, listens to them and reaps them. Everything that happens goes to `on_event`, in order."""
 
-    def __init__(self, loop: Loop, log: MasterLog, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, loop: Loop, log: MasterLog, on_event: Callable[[Event], None], measures: bool = False) -> None:
+        """`measures`: workers count requests by status and duration."""
         self._loop = loop
+        self._measures = measures
         self._log = log
         self._on_event = on_event
         self._processes: dict[int, WorkerProcess] = {}
@@ -79,9 +81,9 @@ class Crew:
     def counters(self, process: WorkerProcess) -> tuple[int, ...]:
         return self._counters.read(process.boot.counters_row)
 
-    def total(self, field: int) -> int:
-        """Over all workers since the start; for a field that only grows."""
-        return self._counters.gone(field) + sum(self.counters(process)[field] for process in self)
+    def totals(self) -> list[int]:
+        """Every cell of the counters over all workers since the start; for cells that only grow."""
+        return self._counters.totals(process.boot.counters_row for process in self)
 
     def next_deadline(self) -> float | None:
         return min((*self._closed_deadlines.values(), *self._unreaped.values()), default=None)
@@ -189,6 +191,7 @@ class Crew:
             counters_fd=self._counters.fd,
             counters_row=row,
             mailbox_fd=mailbox_fd,
+            measures=self._measures,
         )
 
     # --- telling ----------------------------------------------------------------------------------------------------

@@ -38,15 +38,17 @@ class Loop:
         file: HasFileno | int,
         order: Order,
         callback: Callable[[], None],
+        *,
+        readable: bool = True,
         writable: bool = False,
         on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
-        """Call back when `file` is readable, or with `writable` when it is readable or writable. Replaces a watch.
+        """Call back when `file` is readable, or writable, where that is asked for. Replaces a watch.
 
         `on_failure` takes what the callback raises: one peer's trouble must not end the service. It is to stop the
         watch, or the trouble comes again in the next turn.
         """
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
+        events = (selectors.EVENT_READ if readable else 0) | (selectors.EVENT_WRITE if writable else 0)
         watch = _Watch(order, callback, on_failure)
         fd = file if isinstance(file, int) else file.fileno()
         if fd in self._selector.get_map():

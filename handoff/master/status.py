@@ -87,6 +87,7 @@ class StatusDesk:
 
     def _status(self, now: float) -> control.StatusAnswer:
         supervisor = self._supervisor
+        totals = self._crew.totals()
         return control.StatusAnswer(
             name=self._name,
             pid=os.getpid(),
@@ -102,10 +103,10 @@ class StatusDesk:
             generations=tuple(self._generation(number, now) for number in supervisor.fleet.generations),
             last_verdict=self._last_verdict(),
             moves=control.MovesStatus(
-                moved=self._crew.total(MOVED),
+                moved=totals[MOVED],
                 waiting=sum(self._crew.counters(process)[WAITING] for process in self._crew),
-                adopted=self._crew.total(ADOPTED),
-                refused=self._crew.total(REFUSED),
+                adopted=totals[ADOPTED],
+                refused=totals[REFUSED],
             ),
             dropped_log_lines=self._log.dropped,
             open_fds=_count_fds(),

@@ -32,6 +32,7 @@ from handoff.worker.check import request_self
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import BAD_CONFIGURATION, log_config
+from handoff.worker.measured import MeasuredHTTPProtocol
 from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
@@ -73,6 +74,7 @@ class HTTPService:
         self._adopting: set[asyncio.Task[Any]] = set()
         self._adopts = _kinds(boot)
         self._state.hands_websockets_over = WEBSOCKET in self._adopts
+        self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
         self._changed = asyncio.Event()
         self._servers: list[asyncio.Server] = []
 
@@ -107,10 +109,12 @@ class HTTPService:
         self._tick()
         for path in self._settings.warm_up:
             self._link.send(Progress(step=f"warming up with {path}"))
-            await request_self(self._protocol, path, "warm-up", self._settings.check_timeout_seconds)
+            await request_self(self._protocol_of_check, path, "warm-up", self._settings.check_timeout_seconds)
         if self._settings.check is not None:
             self._link.send(Progress(step=f"checking {self._settings.check}"))
-            await request_self(self._protocol, self._settings.check, "check", self._settings.check_timeout_seconds)
+            await request_self(
+                self._protocol_of_check, self._settings.check, "check", self._settings.check_timeout_seconds
+            )
         self._state.total_requests = 0
         self._link.send(Ready(interface=self._interface, adopts=self._adopts))
 
@@ -142,6 +146,9 @@ class HTTPService:
         task.result()
 
     def _protocol(self) -> HTTPProtocol:
+        return self._http(self._config, self._state, self._lifespan.state)
+
+    def _protocol_of_check(self) -> HTTPProtocol:
         return HTTPProtocol(self._config, self._state, self._lifespan.state)
 
     # --- serving ----------------------------------------------------------------------------------------------------
@@ -162,7 +169,7 @@ class HTTPService:
         protocol: HTTPProtocol | WebSocketProtocol
         app_state = self._lifespan.state
         if isinstance(state, HTTPState) and len(fds) == 1:
-            protocol = HTTPProtocol(self._config, self._state, app_state, adopted=(state, data))
+            protocol = self._http(self._config, self._state, app_state, adopted=(state, data))
         elif isinstance(state, WebSocketState) and WEBSOCKET in self._adopts and len(fds) == 1:
             protocol = WebSocketProtocol(self._config, self._state, app_state, adopted=(state, data))
         else:

@@ -124,7 +124,13 @@ class HTTPProtocol(HttpToolsProtocol):
             return bool(self._unfed) and not self.transport.is_closing()
         if not self._unfed:  # otherwise the next reader of this socket finds its end again
             cycle.keep_alive = False
+        self.loop.call_later(self.timeout_keep_alive, self._still_unanswered, cycle)
         return True
+
+    def _still_unanswered(self, cycle: RequestResponseCycle) -> None:
+        """The client sends no more, or has gone away altogether: without a write nobody knows, so this has a limit."""
+        if not cycle.response_started:
+            self.transport.abort()
 
     def observe(self, now: float) -> None:
         """Called twice a second, so that a request's age is known without a timestamp in the path of each."""
@@ -329,7 +335,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def _start_last(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         LastCycle.make(cycle, self)
-        HttpToolsProtocol._start_asgi_task(self, cycle, app)
+        type(self)._start_asgi_task(self, cycle, app)
 
     def linger(self) -> None:
         """An idle client may have a request on the wire: give it time before the connection ends."""

@@ -65,17 +65,15 @@ def application(directory: Path) -> Path:
 def test_counters_go_on_through_reloads_while_messages_are_sent(tmp_path: Path, loop: str, compression: Any) -> None:
     directory = Path(shutil.copytree(EXAMPLE, tmp_path / "app"))
     with Service(directory, "--loop", loop, *OPTIONS) as service, connect(url(service), compression=compression) as one:
-        stop, sent, answers = threading.Event(), [0], []
+        stop, all_counted, sent, answers = threading.Event(), threading.Event(), [0], []
 
         def send() -> None:
-            ends = False
-            while not ends:
-                ends = stop.wait(0.002)
-                one.send("x" * 100)  # the last one wakes who waits for an answer
+            while not stop.wait(0.002):
+                one.send("x" * 100)
                 sent[0] += 1
 
         def receive() -> None:
-            while not stop.is_set() or len(answers) < sent[0]:
+            while not all_counted.is_set() or len(answers) < sent[0]:
                 answers.append(one.recv(timeout=DEADLINE_SECONDS))
 
         threads = [threading.Thread(target=send), threading.Thread(target=receive)]
@@ -86,8 +84,11 @@ def test_counters_go_on_through_reloads_while_messages_are_sent(tmp_path: Path, 
                 reload(service)
         finally:
             stop.set()
-            for thread in threads:
-                thread.join(DEADLINE_SECONDS)
+            threads[0].join(DEADLINE_SECONDS)
+            sent[0] += 1
+            all_counted.set()
+            one.send("the last one wakes who waits for an answer")
+            threads[1].join(DEADLINE_SECONDS)
         assert answers == [str(number) for number in range(1, sent[0] + 1)]
         assert service.status()["moves"]["adopted"] == 4
 

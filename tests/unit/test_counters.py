@@ -6,7 +6,22 @@ import os
 
 import pytest
 
-from handoff.counters import CONNECTIONS, FIELDS, IN_PROGRESS, MAXIMUM_ROWS, REQUESTS, CounterPage, WorkerCounters
+from handoff.counters import (
+    CELLS,
+    CONNECTIONS,
+    DURATION_BOUNDS,
+    DURATION_NANOSECONDS,
+    DURATIONS,
+    FIELDS,
+    IN_PROGRESS,
+    MAXIMUM_ROWS,
+    REFUSED,
+    REQUESTS,
+    STATUS_COUNT,
+    STATUSES,
+    CounterPage,
+    WorkerCounters,
+)
 
 
 @pytest.fixture
@@ -36,10 +51,18 @@ def test_mapping_a_row_closes_the_fd(page: CounterPage) -> None:
 
 def test_a_row_belongs_to_one_worker_only(page: CounterPage) -> None:
     first, second = page.take_row(), page.take_row()
-    WorkerCounters(os.dup(page.fd), first).own[FIELDS - 1] = 7
+    WorkerCounters(os.dup(page.fd), first).own[CELLS - 1] = 7
     WorkerCounters(os.dup(page.fd), second).own[0] = 9
-    assert page.read(first) == (*(0,) * (FIELDS - 1), 7)
+    assert page.read_all(first) == (*(0,) * (CELLS - 1), 7)
+    assert page.read_all(second) == (9, *(0,) * (CELLS - 1))
     assert page.read(second) == (9, *(0,) * (FIELDS - 1))
+
+
+def test_the_cells_of_a_row_do_not_overlap() -> None:
+    assert max(CONNECTIONS, REFUSED) < FIELDS <= DURATION_NANOSECONDS < DURATIONS
+    assert DURATIONS + len(DURATION_BOUNDS) + 1 <= STATUSES
+    assert STATUSES + STATUS_COUNT <= CELLS
+    assert CELLS * 8 % 64 == 0
 
 
 def test_a_dead_worker_does_not_go_on_counting(page: CounterPage) -> None:
@@ -47,11 +70,11 @@ def test_a_dead_worker_does_not_go_on_counting(page: CounterPage) -> None:
     neighbour = page.take_row()
     for one in (row, neighbour):
         cells = WorkerCounters(os.dup(page.fd), one).own
-        for field in range(FIELDS):
+        for field in range(CELLS):
             cells[field] = 5
     page.give_back(row)
-    assert page.read(row) == (0,) * FIELDS
-    assert page.read(neighbour) == (5,) * FIELDS
+    assert page.read_all(row) == (0,) * CELLS
+    assert page.read_all(neighbour) == (5,) * CELLS
 
 
 def test_a_row_that_was_given_back_is_given_out_again(page: CounterPage) -> None:
@@ -74,13 +97,13 @@ def test_what_a_row_counted_stays_in_the_totals(page: CounterPage) -> None:
         row = page.take_row()
         WorkerCounters(os.dup(page.fd), row).own[REQUESTS] = 5
         page.give_back(row)
-    assert page.gone(REQUESTS) == 10
+    assert page.totals(())[REQUESTS] == 10
 
 
 def test_a_worker_cannot_write_past_its_row(page: CounterPage) -> None:
     cells = WorkerCounters(os.dup(page.fd), page.take_row()).own
     with pytest.raises(IndexError):
-        cells[FIELDS] = 1
+        cells[CELLS] = 1
 
 
 def test_the_page_is_not_inherited_unless_it_is_meant_to_be(page: CounterPage) -> None:

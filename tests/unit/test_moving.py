@@ -368,6 +368,22 @@ def test_a_half_closed_client_gets_all_its_answers(run: Run) -> None:
     run(scenario)
 
 
+def test_a_client_that_sends_no_more_is_not_waited_for_without_end(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.gate.clear()
+        with await bench.connect() as client:
+            loop = asyncio.get_running_loop()
+            for connection in bench.one.state.connections:
+                connection.timeout_keep_alive = 0.01  # type: ignore[union-attr, assignment]
+            await loop.sock_sendall(client, get("/one"))
+            await bench.has_started.wait()
+            client.shutdown(socket.SHUT_WR)
+            await bench.until(lambda: not bench.one.state.connections)
+            bench.gate.set()
+
+    run(scenario)
+
+
 def test_a_client_that_goes_away_in_the_mailbox_is_counted_out(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
         client = await bench.connect()
