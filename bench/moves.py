@@ -8,6 +8,7 @@ longest in steady load. Then reloads under wrk: its errors, and whether each con
 from __future__ import annotations
 
 import json
+import re
 import resource
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from bench.servers import Handoff, end_on_term
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 _STEADY_SECONDS = 1.0
+_STEADY_RUN_SECONDS = 10
 
 
 class Watch:
@@ -125,8 +127,8 @@ def idle(connections: int, loop: str) -> dict[str, float]:
 def under_wrk(reloads: int, clients: int) -> dict[str, Any]:
     """Reloads under wrk with kept-alive connections: what it says, and the connections that are still the same."""
     with Handoff(2) as server:
-        command = ["wrk", "-t1", f"-c{clients}", "-d3600s", "--latency", f"http://127.0.0.1:{server.port}/"]
-        wrk = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        steady, _ = _wrk(server.port, clients, _STEADY_RUN_SECONDS).communicate(timeout=60)
+        wrk = _wrk(server.port, clients, 3600)
         try:
             time.sleep(_STEADY_SECONDS)
             before = _client_ports(server.port)
@@ -140,7 +142,26 @@ def under_wrk(reloads: int, clients: int) -> dict[str, Any]:
             output, _ = wrk.communicate(timeout=60)
     errors = [line.strip() for line in output.splitlines() if "Socket errors" in line or "Non-2xx" in line]
     rate = next(line.split()[1] for line in output.splitlines() if line.startswith("Requests/sec"))
-    return {"errors": errors, "same": len(before & after), "opened": len(before), "moves": moves, "rate": rate}
+    return {
+        "errors": errors,
+        "same": len(before & after),
+        "opened": len(before),
+        "moves": moves,
+        "rate": rate,
+        "p99_ms": _p99_ms(output),
+        "steady_p99_ms": _p99_ms(steady),
+    }
+
+
+def _wrk(port: int, clients: int, seconds: int) -> subprocess.Popen[str]:
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--latency", f"http://127.0.0.1:{port}/"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _p99_ms(output: str) -> float:
+    found = re.search(r"99%\s+([\d.]+)(us|ms|s|m)\b", output)
+    assert found is not None, output
+    return float(found.group(1)) * {"us": 0.001, "ms": 1, "s": 1000, "m": 60_000}[found.group(2)]
 
 
 def _is_alone(status: dict[str, Any]) -> bool:
@@ -181,7 +202,8 @@ def main(connections: int, rounds: int, loop: str, reloads: int, clients: int, o
         errors = "; ".join(seen["errors"]) or "no errors"
         click.echo(
             f"{reloads} reloads under wrk with {clients} connections: {errors}; {seen['same']} of {seen['opened']} "
-            f"connections are the same; {seen['moves']['moved']} moves; {seen['rate']} requests/s"
+            f"connections are the same; {seen['moves']['moved']} moves; {seen['rate']} requests/s; "
+            f"p99 {seen['p99_ms']:.1f} ms (steady: {seen['steady_p99_ms']:.1f} ms)"
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / "moves.json").write_text(json.dumps(found, indent=1))
