@@ -44,6 +44,7 @@ class Server:
     name = ""
     package = ""
     has_keep_alive = True
+    up_seconds = UP_SECONDS
 
     def __init__(self, workers: int = 2, environment: Mapping[str, str] | None = None) -> None:
         self.workers = workers
@@ -100,7 +101,7 @@ class Server:
                 stderr=log,
                 process_group=0,
             )
-        deadline = time.monotonic() + UP_SECONDS
+        deadline = time.monotonic() + self.up_seconds
         while self.count_workers().new < self.workers or not answers(self.port):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 text = (self.directory / "log").read_text(errors="replace")[-2000:]
