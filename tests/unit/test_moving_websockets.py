@@ -172,11 +172,12 @@ def run(request: pytest.FixtureRequest) -> Run:
                 await scenario(pair)
                 assert pair.one.counters[REFUSED] == pair.two.counters[REFUSED] == 0
         finally:
-            pair.close()
             for server in (pair.one, pair.two):
                 for connection in list(server.state.connections):
                     connection.transport.abort()
-            await asyncio.sleep(0.01)
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                await pair.until(lambda: not (pair.one.state.connections or pair.two.state.connections))
+            pair.close()
 
     def run(scenario: Callable[[Pair], Coroutine[Any, Any, None]]) -> None:
         with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
