@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Mapping
@@ -77,7 +78,8 @@ def resolve(launch: Launch) -> Pins:
     added = {} if env_file is None else read_env_file(env_file)
     environment = clean_environment({**launch.environment, **added})
     settings = merge_settings(config, launch, directory, environment)
-    return Pins(directory=directory, python=python, environment=environment, settings=settings)
+    executable = _executable(settings.command[0], directory, environment) if settings.command else ""
+    return Pins(directory=directory, python=python, environment=environment, settings=settings, executable=executable)
 
 
 def service_changes(
@@ -100,6 +102,21 @@ def service_changes(
         for key, old, new in pairs
         if old != new
     ]
+
+
+def _executable(name: str, directory: str, environment: Mapping[str, str]) -> str:
+    """The file that a command names: a path from `directory`, or found in the PATH of its environment."""
+    if "/" in name:
+        path = os.path.join(directory, name)
+        if not os.path.isfile(path):
+            raise HandoffError(f"command {name}: is no file in {directory}; correct the path or --chdir")
+        if not os.access(path, os.X_OK):
+            raise HandoffError(f"command {name}: is not executable; chmod +x {path}, or name its interpreter")
+        return path
+    found = shutil.which(name, path=environment.get("PATH", os.defpath))
+    if found is None:
+        raise HandoffError(f"command {name}: is not found in PATH; install it or write its path")
+    return os.path.join(directory, found)
 
 
 def _directory_as_typed(cwd: str, environ: Mapping[str, str]) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from handoff.addresses import MAX_UNIX_PATH_BYTES
-from handoff.config import is_service_name
 from handoff.errors import ExitCode, HandoffError, UsageError
+from handoff.option_table import is_service_name
 
 CONTROL_SOCKET = "control.sock"
 LOCK_FILE = "lock"

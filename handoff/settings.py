@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, Literal
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 Interface = Literal["auto", "asgi", "wsgi", "handoff"]
 Loop = Literal["uvloop", "asyncio"]
 LogFormat = Literal["text", "json"]
+Dialect = Literal["auto", "systemd", "server-starter"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -17,7 +19,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Travels to the worker as JSON, so every field is plain data.
     """
 
-    app: str
+    app: str = ""
+    """Empty: the workers are processes of `command`."""
+    command: tuple[str, ...] = ()
+    """A program of any language and its arguments; the dialect says how it gets listeners and says that it is ready."""
+    dialect: Dialect = "auto"
+    ready_after_seconds: float | None = None
+    """A command that lives this long counts as ready; None: as its dialect has it."""
+    drain_signal: str = "TERM"
+    """What asks a command to drain."""
     factory: bool = False
     binds: tuple[str, ...] = ()
     """Addresses as typed, `[NAME=]ADDR`; empty means the default, or the sockets that were inherited."""
@@ -52,6 +62,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     uvicorn: dict[str, Any] = {}
     """Other settings of uvicorn, from the table `[uvicorn]`, passed through as they are."""
 
+    @property
+    def runs(self) -> str:
+        """The application or the command, for people."""
+        return self.app or shlex.join(self.command)
+
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """What the operator typed at `handoff run`; every reload starts again from this.
@@ -78,3 +93,5 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     environment: dict[str, str]
     settings: Settings
+    executable: str = ""
+    """Of a command: the file that is executed."""

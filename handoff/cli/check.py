@@ -29,6 +29,9 @@ def check(app: str | None, factory: bool | None, **paths: Any) -> int:
     launch = make_launch(overrides, argv0=sys.argv[0], cwd=current_directory(), environ=os.environ, **paths)
     pins = resolve(launch)
     settings = pins.settings
+    if settings.command:
+        click.echo(f"{pins.executable}: is there, and the configuration is good; a command cannot be tried further")
+        return ExitCode.DONE
     names = listener_names(effective_binds(settings.binds, [], pins.directory))
     called = "factory" if settings.factory else "object"
     command = [pins.python, "-P", "-m", "handoff.worker.check_import", settings.app, settings.interface, called, *names]

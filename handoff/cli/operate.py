@@ -6,9 +6,9 @@ import click
 
 from handoff.cli.client import ask_verdict
 from handoff.cli.options import Duration, find_service, service_options
-from handoff.config import is_service_name
 from handoff.core.control import Answer, Reload, Request, Rollback, Scale, Stop
 from handoff.errors import ExitCode, UsageError
+from handoff.option_table import is_service_name
 
 _TIMEOUT = click.option(
     "--timeout", type=Duration(), help="How long to wait for the verdict; default: until it is there."

@@ -25,14 +25,31 @@ _SECONDS = {
     "drain_timeout",
     "stop_timeout",
     "keep_alive",
+    "ready_after",
     "request_timeout",
 }
 _RENAMED = {"bind": "binds", "header": "headers"}
 _NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
 
 
-@click.command()
-@click.argument("app", required=False)
+class _WithCommand(click.Command):
+    """`handoff run [OPTIONS] -- COMMAND ARGS…`: what follows the first `--` is a command, and not ours to read."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            args, command = args[:at], args[at + 1 :]
+            if not command:
+                raise click.UsageError("nothing follows --; write handoff run -- COMMAND ARGUMENTS")
+            ctx.meta[_COMMAND] = tuple(command)
+        return super().parse_args(ctx, args)
+
+
+_COMMAND = "handoff.command"
+
+
+@click.command(cls=_WithCommand, options_metavar="[OPTIONS]")
+@click.argument("app", required=False, metavar="[APP | -- COMMAND ARGS...]")
 @click.option("--factory", is_flag=True, default=None, help="APP names a function that makes the application.")
 @click.option(
     "--bind",
@@ -44,6 +61,13 @@ _NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
 @click.option("--backlog", type=int, help="Length of the queue of connections. Default 2048.")
 @click.option("--workers", "-w", type=int, help="Number of worker processes. Default 1.")
 @click.option("--threads", type=int, help="Threads of a worker with a WSGI application. Default 10.")
+@click.option(
+    "--dialect",
+    type=click.Choice(["auto", "systemd", "server-starter"]),
+    help="How a command gets its listeners and says that it is ready. Default auto: all of them.",
+)
+@click.option("--ready-after", type=Duration(), help="A command that lives so long is ready. Default 1s, see docs.")
+@click.option("--drain-signal", metavar="NAME", help="What asks a command to drain. Default TERM.")
 @click.option("--interface", type=click.Choice(["auto", "asgi", "wsgi", "handoff"]), help="Default auto.")
 @click.option("--loop", type=click.Choice(["uvloop", "asyncio"]), help="Default uvloop.")
 @click.option("--chdir", metavar="DIR", help="The application's directory; symlinks are resolved at each reload.")
@@ -83,7 +107,11 @@ _NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
 @click.option("--log-config", metavar="FILE", help="A logging configuration for the workers.")
 @click.option("--generation-header", is_flag=True, default=None, help="Add `handoff-generation: N` to each response.")
 def run(**options: Any) -> int:
-    """Serve APP, written module:attribute or module:factory(). SIGHUP or `handoff reload` replaces the workers."""
+    """Serve APP, written module:attribute or module:factory(), or a COMMAND of any language.
+
+    SIGHUP or `handoff reload` replaces the workers.
+    """
+    options["command"] = click.get_current_context().meta.get(_COMMAND)
     launch = make_launch(
         _overrides(options),
         argv0=sys.argv[0],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
+from handoff.core import messages
+from handoff.core.dialects import listener_variables
 from handoff.core.messages import (
     SERVED_PROTOCOLS,
     Boot,
@@ -38,6 +41,7 @@ from handoff.core.vocabulary import (
 )
 from handoff.counters import CounterPage
 from handoff.listeners import Listener
+from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.master.processes import WorkerProcess, post_mortem_file
@@ -86,7 +90,9 @@ class Crew:
         return self._counters.totals(process.boot.counters_row for process in self)
 
     def next_deadline(self) -> float | None:
-        return min((*self._closed_deadlines.values(), *self._unreaped.values()), default=None)
+        foreign = (one.foreign.ready_at for one in self if one.foreign is not None)
+        ready = [at for at in foreign if at is not None]
+        return min((*self._closed_deadlines.values(), *self._unreaped.values(), *ready), default=None)
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
@@ -100,7 +106,7 @@ class Crew:
     ) -> None:
         """Start a worker. Where no process, or no fd for it, can be had, that is told as an exit."""
         try:
-            process = self._start(action, pins, label, listeners, mailbox_fd())
+            process = self._start(action, pins, label, listeners, -1 if pins.settings.command else mailbox_fd())
         except OSError as error:
             self._on_event(WorkerExited(action.worker, f"could not be started: {error.strerror}"))
             return
@@ -112,6 +118,9 @@ class Crew:
             on_failure=lambda error: self._failed(process, error),
         )
         self._watch_exit(process)
+        if process.foreign is not None:
+            process.interface = "command"
+            process.foreign.started(process.pid)
 
     def _watch_exit(self, process: WorkerProcess) -> None:
         self._loop.watch(process.pidfd, Order.EXIT, lambda: self._ended(process))
@@ -142,6 +151,9 @@ class Crew:
         mailbox_fd: int,
     ) -> WorkerProcess:
         boot = self._boot(row, action, pins, label, listeners, mailbox_fd)
+        foreign = None
+        if pins.settings.command:
+            foreign = ForeignWorker(action.worker, pins.settings, self._loop, self._log, self._on_event)
         ours, theirs = channel_pair()
         try:
             post_mortem = post_mortem_file()
@@ -154,17 +166,12 @@ class Crew:
             CHANNEL_VARIABLE: str(theirs.fileno()),
             POST_MORTEM_VARIABLE: str(post_mortem),
         }
-        title = f"{pins.settings.name}:{action.generation}:{action.slot}"
-        inherited = [listener.socket.fileno() for listener in listeners.values()]
-        command = Command(
-            pins.python,
-            # -P: what lies in the working directory must not stand in for a module of ours.
-            [pins.python, "-P", "-m", "handoff.worker", title],
-            pins.directory,
-            environment,
-            theirs.fileno(),
-            [*inherited, self._counters.fd, post_mortem, mailbox_fd],
-        )
+        if foreign is not None:
+            command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign.notify_address)
+        else:
+            command = self._own_command(
+                action, pins, environment, listeners, theirs.fileno(), (post_mortem, mailbox_fd)
+            )
         try:
             pid, pidfd = spawn(command)
         except OSError:
@@ -173,7 +180,28 @@ class Crew:
             raise
         finally:
             theirs.close()
-        return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem)
+        return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem, foreign=foreign)
+
+    def _own_command(
+        self,
+        action: Spawn,
+        pins: Pins,
+        environment: Mapping[str, str],
+        listeners: Mapping[str, Listener],
+        channel_fd: int,
+        more_fds: Sequence[int],
+    ) -> Command:
+        title = f"{pins.settings.name}:{action.generation}:{action.slot}"
+        inherited = [listener.socket.fileno() for listener in listeners.values()]
+        return Command(
+            pins.python,
+            # -P: what lies in the working directory must not stand in for a module of ours.
+            [pins.python, "-P", "-m", "handoff.worker", title],
+            pins.directory,
+            environment,
+            channel_fd,
+            [*inherited, self._counters.fd, *more_fds],
+        )
 
     def _boot(
         self, row: int, action: Spawn, pins: Pins, label: str, listeners: Mapping[str, Listener], mailbox_fd: int
@@ -203,6 +231,9 @@ class Crew:
     def pass_on(self, worker: int, message: Message, fds: Sequence[int] = ()) -> bool:
         """Send a message and fds, which are borrowed. False when that may succeed later."""
         process = self._processes.get(worker)
+        if process is not None and process.foreign is not None:
+            _tell_command(process, process.foreign, message)
+            return True
         if process is None or not process.is_channel_open:
             return True
         try:
@@ -240,6 +271,9 @@ class Crew:
                 return
             except ChannelClosed:
                 self._close_channel(process)
+                if process.foreign is not None:
+                    process.foreign.executed(time.monotonic())
+                    return
                 self._closed_deadlines[process.worker] = time.monotonic() + CLOSED_CHANNEL_SECONDS
                 return
             except (ChannelBroken, OSError) as error:
@@ -292,6 +326,9 @@ class Crew:
 
     def check(self, now: float) -> None:
         """What is due: exits that could not be collected, and workers whose channel is closed for too long."""
+        for process in self:
+            if process.foreign is not None:
+                process.foreign.check(now)
         for worker, again_at in list(self._unreaped.items()):
             if again_at <= now:
                 del self._unreaped[worker]
@@ -310,6 +347,8 @@ class Crew:
             self._unreaped[process.worker] = time.monotonic() + REAP_AGAIN_SECONDS
             return
         self._hear(process, sys.maxsize)  # its last words come before its exit
+        if process.foreign is not None:
+            process.foreign.hear_last()
         self._close_channel(process)
         self._closed_deadlines.pop(process.worker, None)
         self._loop.forget(process.pidfd)
@@ -318,3 +357,35 @@ class Crew:
         self._counters.give_back(process.boot.counters_row)
         del self._processes[process.worker]
         self._on_event(WorkerExited(process.worker, how, post_mortem))
+
+
+def _foreign_command(
+    action: Spawn,
+    pins: Pins,
+    environment: dict[str, str],
+    listeners: Mapping[str, Listener],
+    channel_fd: int,
+    notify_address: str,
+) -> Command:
+    """A command of any language, with its listeners and its dialect's variables."""
+    settings = pins.settings
+    environment.pop(CHANNEL_VARIABLE)
+    environment.pop(POST_MORTEM_VARIABLE)
+    addresses = [listener.address for listener in listeners.values()]
+    environment |= listener_variables(settings.dialect, list(listeners), addresses, action.generation)
+    if notify_address:
+        environment["NOTIFY_SOCKET"] = notify_address
+    fds = [listener.socket.fileno() for listener in listeners.values()]
+    return Command(pins.executable, settings.command, pins.directory, environment, channel_fd, (), fds)
+
+
+def _tell_command(process: WorkerProcess, foreign: ForeignWorker, message: Message) -> None:
+    """What a message is for a command: it cannot be held back, and is asked to drain by a signal."""
+    match message:
+        case messages.Open():
+            foreign.opened()
+        case messages.Drain() if foreign.may_drain():
+            name = process.boot.settings.drain_signal.removeprefix("SIG")
+            process.send_number(signal.Signals[f"SIG{name}"])
+        case messages.Report():
+            process.holds = Holds(request=message.request, total=0, holds=())

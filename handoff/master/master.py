@@ -224,6 +224,7 @@ class Master:
             case Spawn():
                 prepared = self._generations[action.generation]
                 slot = (action.generation, action.slot)
+                self._set_blocking(prepared)
                 self._crew.spawn(
                     action, prepared.pins, prepared.label, prepared.listeners, lambda: self._mailboxes.reader_fd(slot)
                 )
@@ -255,6 +256,13 @@ class Master:
                 self._exit = action
             case _:
                 assert_never(action)
+
+    def _set_blocking(self, prepared: PreparedGeneration) -> None:
+        """A command gets listeners that block, as from systemd; ours do not, and the flag is one for all processes."""
+        present = [self._generations.get(number, prepared) for number in self._supervisor.fleet.generations]
+        if all(one.pins.settings.command for one in present):
+            for listener in prepared.listeners.values():
+                os.set_blocking(listener.socket.fileno(), True)
 
     def _ending_listeners(self, worker: int) -> tuple[str, ...]:
         """The names of the worker's listeners that no generation accepts from after it."""
@@ -295,7 +303,9 @@ class Master:
                 self._log.warning("an inherited socket that no bind names was closed", listener=name)
         addresses = ", ".join(self._listeners.addresses(action.generation).values())
         pins = self._generations[action.generation].pins
-        self._log.info("serving", name=self._name, app=pins.settings.app, addresses=addresses, directory=pins.directory)
+        self._log.info(
+            "serving", name=self._name, app=pins.settings.runs, addresses=addresses, directory=pins.directory
+        )
 
     def _verdict(self, verdict: Verdict) -> None:
         if self._metrics is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from handoff.channel import Channel
 from handoff.core.messages import Boot, Holds, WorkerMessage
 from handoff.core.vocabulary import Signal
+from handoff.master.foreign import ForeignWorker
 
 MAXIMUM_POST_MORTEM_BYTES = 16 * 1024
 
@@ -30,19 +32,33 @@ class WorkerProcess:
     interface: str = ""
     adopts: tuple[str, ...] = ()
     holds: Holds | None = field(default=None)
+    foreign: ForeignWorker | None = None
+    """It is a command of any language; owned."""
 
     def send_signal(self, which: Signal) -> None:
         """Through the pidfd: the pid may already belong to somebody else."""
+        self.send_number(_SIGNALS[which])
+        if self.foreign is not None and which is Signal.KILL:
+            self.kill_group()
+
+    def send_number(self, number: signal.Signals) -> None:
         try:
-            signal.pidfd_send_signal(self.pidfd, _SIGNALS[which])
+            signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
             return  # it ended; its exit is on the way
+
+    def kill_group(self) -> None:
+        """What a command started must not outlive it. Only before it is reaped: until then the number is its own."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def reap(self) -> str | None:
         """Collect the exit status of the child, which has ended. Returns how it ended, in words.
 
         None: not yet. A debugger that is attached to the child hears of the end before its parent does.
         """
+        if self.foreign is not None and os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self.kill_group()
         status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         if status is None:
             return None
@@ -59,6 +75,8 @@ class WorkerProcess:
         os.close(self.pidfd)
         os.close(self.post_mortem_fd)
         self.channel.close()
+        if self.foreign is not None:
+            self.foreign.close()
 
 
 def post_mortem_file() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
+from handoff.core.dialects import FIRST_FD
 from handoff.core.messages import Failed
 
 CHANNEL_VARIABLE = "HANDOFF_CHANNEL"
@@ -17,7 +19,7 @@ _EXEC_FAILED = 127
 
 
 class Command(NamedTuple):
-    """What to execute, where, with what, and which fds (under their own numbers) it inherits."""
+    """What to execute, where, with what, and which fds it inherits: under their own numbers, or as 3, 4, …"""
 
     executable: str
     arguments: Sequence[str]
@@ -25,6 +27,8 @@ class Command(NamedTuple):
     environment: Mapping[str, str]
     channel_fd: int
     inherited_fds: Sequence[int]
+    listen_fds: Sequence[int] | None = None
+    """sd_listen_fds(3): for a command that is not ours. The channel is closed by the exec, which tells that it runs."""
 
 
 def spawn(command: Command) -> tuple[int, int]:
@@ -63,13 +67,29 @@ def _become(command: Command) -> NoReturn:
         os.chdir(command.directory)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        for fd in (command.channel_fd, *command.inherited_fds):
-            os.set_inheritable(fd, True)
-        os.execve(command.executable, list(command.arguments), dict(command.environment))
+        environment = dict(command.environment)
+        if command.listen_fds is None:
+            for fd in (command.channel_fd, *command.inherited_fds):
+                os.set_inheritable(fd, True)
+        else:
+            command = command._replace(channel_fd=_place(command.listen_fds, command.channel_fd))
+            if "LISTEN_FDS" in environment:
+                environment["LISTEN_PID"] = str(os.getpid())
+        os.execve(command.executable, list(command.arguments), environment)
     except BaseException as error:
         _report(command, error)
     finally:
         os._exit(_EXEC_FAILED)
+
+
+def _place(fds: Sequence[int], channel_fd: int) -> int:
+    """Copy the fds to 3, 4, …, inheritable; everything else is closed by the exec. Returns the channel's new number."""
+    beyond = FIRST_FD + len(fds)
+    channel_fd = fcntl.fcntl(channel_fd, fcntl.F_DUPFD_CLOEXEC, beyond)
+    copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, beyond) for fd in fds]
+    for number, fd in enumerate(copies, FIRST_FD):
+        os.dup2(fd, number)
+    return channel_fd
 
 
 def _report(command: Command, error: BaseException) -> None:

@@ -136,7 +136,7 @@ class StatusDesk:
             workers_wanted=record.workers_wanted,
             directory=prepared.pins.directory if prepared else "",
             python=prepared.pins.python if prepared else "",
-            app=prepared.pins.settings.app if prepared else "",
+            app=prepared.pins.settings.runs if prepared else "",
             crash_loop_slots=tuple(slot for slot, respawn in record.respawns.items() if respawn.is_breaker_open),
             workers=tuple(status for worker in workers if (status := self._worker(worker, now)) is not None),
         )

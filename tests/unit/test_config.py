@@ -159,7 +159,9 @@ def test_a_log_config_is_looked_for_in_the_directory(directory: Path) -> None:
 def test_without_an_app_it_says_where_to_give_one(directory: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_settings(_launch(directory), str(directory), {})
-    assert caught.value.message == ('no app is given; write handoff run module:attribute, or app = "…" in handoff.toml')
+    assert caught.value.message == (
+        'no app is given; write handoff run module:attribute, or handoff run -- COMMAND, or app = "…" in handoff.toml'
+    )
 
 
 @pytest.mark.parametrize(

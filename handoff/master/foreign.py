@@ -1,0 +1,162 @@
+"""Workers that are commands of any language: what they say to NOTIFY_SOCKET, and when silence counts as ready."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+
+from handoff.core.dialects import (
+    MAXIMUM_NOTIFICATION_BYTES,
+    listens_for_words,
+    read_notification,
+    ready_after_seconds,
+)
+from handoff.core.vocabulary import Event, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.master.log import MasterLog
+from handoff.master.loop import Loop, Order
+from handoff.settings import Settings
+
+_CREDENTIALS = struct.Struct("3i")
+_MAXIMUM_FDS = 253
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(_MAXIMUM_FDS * 4)
+_MAXIMUM_ANCESTORS = 64
+_DATAGRAMS_PER_TURN = 16
+_EXPECTED = "expected to say READY=1 to $NOTIFY_SOCKET; for a command that cannot, give --ready-after"
+
+
+class ForeignWorker:
+    """What stands in for the channel of a worker that is a command. Owns its notification socket.
+
+    Its life is told as the others' are: hello when the command is executed, ready by its word or after a while, and
+    opened at once, since a command cannot be held back from accepting.
+    """
+
+    def __init__(
+        self, worker: int, settings: Settings, loop: Loop, log: MasterLog, on_event: Callable[[Event], None]
+    ) -> None:
+        self.worker = worker
+        self.pid = 0
+        self.ready_at: float | None = None
+        self._ready_after = ready_after_seconds(settings.dialect, settings.ready_after_seconds)
+        self._loop = loop
+        self._log = log
+        self._on_event = on_event
+        self._is_ready = self._is_leaving = False
+        self._socket: socket.socket | None = None
+        self.notify_address = ""
+        """For NOTIFY_SOCKET; empty where the dialect has none."""
+        if listens_for_words(settings.dialect):
+            # Abstract: a command that becomes another user still reaches it; who may speak its credentials tell.
+            self.notify_address = f"@handoff-{secrets.token_hex(16)}"
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self._socket.bind("\0" + self.notify_address[1:])
+
+    def started(self, pid: int) -> None:
+        self.pid = pid
+        if self._socket is not None:
+            self._loop.watch(self._socket, Order.CHANNEL, self._hear, on_failure=self._failed)
+
+    def executed(self, now: float) -> None:
+        """The command runs: the channel was closed by the exec."""
+        self._on_event(HelloSaid(self.worker))
+        if self._ready_after is not None:
+            self._on_event(ProgressSaid(self.worker, "starting"))
+            self.ready_at = now + self._ready_after
+        else:
+            self._on_event(ProgressSaid(self.worker, _EXPECTED))
+
+    def check(self, now: float) -> None:
+        if self.ready_at is not None and self.ready_at <= now:
+            self._ready()
+
+    def opened(self) -> None:
+        self._on_event(OpenedSaid(self.worker))
+
+    def may_drain(self) -> bool:
+        """True for the first time only: a second signal may mean something else to the command."""
+        was, self._is_leaving = self._is_leaving, True
+        return not was
+
+    def hear_last(self) -> None:
+        """What it said before it ended."""
+        if self._socket is not None:
+            self._hear()
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._loop.forget(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    # --- its words --------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        assert self._socket is not None
+        for _ in range(_DATAGRAMS_PER_TURN):
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    MAXIMUM_NOTIFICATION_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            sender = _take_ancillary(ancillary)
+            if _is_of(sender, self.pid):
+                self._said(data)
+            else:
+                self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+
+    def _failed(self, error: Exception) -> None:
+        self._log.failure(f"notifications of worker {self.worker}", error)
+        self.close()
+
+    def _said(self, data: bytes) -> None:
+        said = read_notification(data)
+        if said.status is not None and not self._is_ready:
+            self._on_event(ProgressSaid(self.worker, said.status))
+        if said.is_ready:
+            self._ready()
+        if said.is_stopping and self._is_ready and not self._is_leaving:
+            self._on_event(LeavingSaid(self.worker, "the command says that it is stopping"))
+
+    def _ready(self) -> None:
+        self.ready_at = None
+        if not self._is_ready:
+            self._is_ready = True
+            self._on_event(ReadySaid(self.worker))
+
+
+def _take_ancillary(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The sender's pid; 0: it did not say. Fds (FDSTORE=1, BARRIER=1) are closed, which a barrier waits for."""
+    sender = 0
+    for level, kind, payload in ancillary:
+        if level != socket.SOL_SOCKET:
+            continue
+        if kind == socket.SCM_CREDENTIALS:
+            sender = _CREDENTIALS.unpack(payload[: _CREDENTIALS.size])[0]
+        elif kind == socket.SCM_RIGHTS:
+            for (fd,) in struct.iter_unpack("i", payload[: len(payload) - len(payload) % 4]):
+                os.close(fd)
+    return sender
+
+
+def _is_of(pid: int, ancestor: int) -> bool:
+    """The process is the ancestor, or one of its descendants."""
+    for _ in range(_MAXIMUM_ANCESTORS):
+        if pid == ancestor:
+            return True
+        if pid <= 1:
+            return False
+        pid = _parent(pid)
+    return False
+
+
+def _parent(pid: int) -> int:
+    """0 where it is gone."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+    return 0
