@@ -10,9 +10,11 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import select
 import socket
 import termios
 from collections.abc import Sequence
+from typing import NoReturn
 
 import msgspec
 
@@ -76,7 +78,7 @@ def receive_letter(reader: socket.socket) -> tuple[AnyState, bytes, list[int]]:
     """
     data, fds, was_cut = receive_datagram(reader, _MAXIMUM_DATAGRAM_BYTES)
     if not data and not fds:
-        raise EOFError
+        _raise_end(reader)
     try:
         if was_cut:
             raise Unreadable("a letter was cut short: no room for its fds, or too long")
@@ -92,6 +94,17 @@ def receive_letter(reader: socket.socket) -> tuple[AnyState, bytes, list[int]]:
         for fd in fds:
             os.close(fd)
         raise
+
+
+def _raise_end(reader: socket.socket) -> NoReturn:
+    """Nothing came: the end, or an empty datagram, which looks like one. Only at the end nobody can write any more."""
+    poll = select.poll()
+    poll.register(reader, select.POLLRDHUP)
+    unread = array.array("i", [0])
+    fcntl.ioctl(reader.fileno(), termios.FIONREAD, unread)
+    if poll.poll(0) and not unread[0]:
+        raise EOFError
+    raise Unreadable("an empty datagram")
 
 
 def _open(data: bytes) -> tuple[Letter, bytes]:
@@ -119,10 +132,13 @@ def unread_bytes(writer: socket.socket) -> int:
 
 
 def take_unread(reader: socket.socket) -> tuple[bytes, list[int]]:
-    """The next datagram as it is, for `put_unread`; the caller owns its fds. Raises BlockingIOError and EOFError."""
+    """The next datagram as it is, for `put_unread`; the caller owns its fds.
+
+    Raises BlockingIOError, EOFError, and Unreadable for an empty one.
+    """
     data, fds, _ = receive_datagram(reader, _MAXIMUM_DATAGRAM_BYTES)
     if not data and not fds:
-        raise EOFError
+        _raise_end(reader)
     return data, fds
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -14,7 +13,7 @@ from functools import partial
 from handoff.core.messages import ReceiverInfo, Receivers
 from handoff.core.receivers import Slot, accepting, kept_slots, read_slots, receivers
 from handoff.core.supervisor import Supervisor
-from handoff.mailbox import mailbox_pair, put_unread, take_unread
+from handoff.mailbox import Unreadable, mailbox_pair, put_unread, take_unread
 from handoff.master.crew import Crew
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -91,6 +90,9 @@ class Mailboxes:
             for mailbox in (*self._mailboxes.values(), *self._retired):
                 self._forward(mailbox)
         self._tell(receivers(fleet, self._supervisor.live, self._supervisor.is_stopping))
+        if self._supervisor.is_stopping:  # nobody is sent anything any more: readers see the end when all have heard it
+            for mailbox in self._mailboxes.values():
+                mailbox.writer.close()
         self._retire()
         self._watch_unread()
 
@@ -108,7 +110,7 @@ class Mailboxes:
                 continue
             fds = [self._by_number(info.mailbox).writer.fileno() for info in infos if info.is_new]
             if self._crew.pass_on(worker, Receivers(receivers=infos, fds=len(fds)), fds):
-                told.known |= {info.mailbox for info in infos}
+                told.known = {info.mailbox for info in infos}
                 told.last = tuple(_as_known(info) for info in infos)
             else:
                 self._retry_soon()
@@ -147,10 +149,20 @@ class Mailboxes:
             is_unread = mailbox.is_retired or mailbox.slot not in read
             wants = is_unread and has_targets and mailbox.held is None
             if wants and not mailbox.is_watched:
-                self._loop.watch(mailbox.reader, Order.CONTROL, partial(self._forward, mailbox))
+                self._loop.watch(
+                    mailbox.reader,
+                    Order.CONTROL,
+                    partial(self._forward, mailbox),
+                    on_failure=partial(self._failed, mailbox),
+                )
                 mailbox.is_watched = True
             elif not wants:
                 self._unwatch(mailbox)
+
+    def _failed(self, mailbox: _Mailbox, error: Exception) -> None:
+        self._log.failure(f"the mailbox of slot {mailbox.slot}", error)
+        self._unwatch(mailbox)
+        self._retry_soon()
 
     def _unwatch(self, mailbox: _Mailbox) -> None:
         if mailbox.is_watched:
@@ -162,7 +174,8 @@ class Mailboxes:
         return [self._mailboxes[slot] for one in takers if (slot := (one.generation, one.slot)) in self._mailboxes]
 
     def _forward(self, mailbox: _Mailbox) -> None:
-        targets = [target for target in self._targets() if target is not mailbox]
+        is_read = not mailbox.is_retired and mailbox.slot in read_slots(self._supervisor.fleet)
+        targets = [target for target in self._targets() if target is not mailbox or is_read]
         for _ in range(LETTERS_PER_TURN):
             if mailbox.held is None and not self._take(mailbox):
                 return
@@ -185,6 +198,9 @@ class Mailboxes:
             return False
         except EOFError:
             self._close(mailbox)
+            return False
+        except Unreadable as error:  # it would stay in the way
+            self._log.warning("a datagram in a mailbox was dropped", reason=str(error))
             return False
         return True
 
@@ -215,6 +231,8 @@ class Mailboxes:
         mailbox.writer.close()
         if mailbox in self._retired:
             self._retired.remove(mailbox)
+        elif self._mailboxes.get(mailbox.slot) is mailbox:
+            del self._mailboxes[mailbox.slot]
 
     def close(self) -> None:
         """The service has ended: what still lies in mailboxes has nobody to go to. It is closed, and counted."""
@@ -224,15 +242,26 @@ class Mailboxes:
                 lost += 1
                 for fd in mailbox.held[1]:
                     os.close(fd)
-            with contextlib.suppress(BlockingIOError, EOFError):
-                while True:
-                    for fd in take_unread(mailbox.reader)[1]:
-                        os.close(fd)
-                    lost += 1
+            lost += _drop_unread(mailbox.reader)
             self._close(mailbox)
         self._mailboxes.clear()
         if lost:
             self._log.warning("connections that waited to be taken over were closed", count=lost)
+
+
+def _drop_unread(reader: socket.socket) -> int:
+    """Close what was sent with the datagrams that are there; how many there were."""
+    count = 0
+    while True:
+        try:
+            _, fds = take_unread(reader)
+        except (BlockingIOError, EOFError):
+            return count
+        except Unreadable:
+            continue
+        count += 1
+        for fd in fds:
+            os.close(fd)
 
 
 def _as_known(info: ReceiverInfo) -> ReceiverInfo:

@@ -38,6 +38,7 @@ from handoff.core.vocabulary import (
     Unbind,
     Verdict,
 )
+from handoff.core.worker import WorkerState
 from handoff.errors import HandoffError
 from handoff.inherited import InheritedSocket
 from handoff.listeners import ListenerSet
@@ -130,6 +131,7 @@ class Master:
         self._generations: dict[int, PreparedGeneration] = {}
         """All that are not gone, and the one that a rollback goes back to."""
         self._exit: Exit | None = None
+        self._told_of_stop = False
 
     def serve_metrics(self, bind: Bind) -> Callable[[], None]:
         """Answer Prometheus at this address. Returns what closes it. Raises HandoffError."""
@@ -179,6 +181,17 @@ class Master:
         while self._events:
             for action in self._supervisor.handle(self._events.popleft(), time.monotonic()):
                 self._act(action)
+        if self._supervisor.is_stopping and not self._told_of_stop:
+            self._tell_of_stop()
+
+    def _tell_of_stop(self) -> None:
+        """Workers that drain already: nobody will take their connections any more."""
+        self._told_of_stop = True
+        now = time.monotonic()
+        for worker in self._supervisor.fleet.workers.values():
+            if worker.state is WorkerState.DRAINING and worker.deadline is not None:
+                seconds = max(0.0, worker.deadline - now)  # it never moves a deadline to later
+                self._crew.send(worker.worker, messages.Drain(seconds=seconds, moves=False))
 
     def _signalled(self) -> None:
         for number in self._signals.read():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import Counter as Count
@@ -165,8 +166,9 @@ class MetricsServer:
     def _received(self, peer: Peer) -> None:
         request = _Request()
         try:
-            request.parser.feed_data(peer.received)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            with contextlib.suppress(httptools.HttpParserUpgrade):  # it is a request all the same
+                request.parser.feed_data(peer.received)
+        except httptools.HttpParserError as error:
             self._peers.refuse(peer, str(error))
             return
         if request.is_complete:

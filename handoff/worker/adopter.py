@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable
 
@@ -31,8 +32,12 @@ class Adopter:
         self._adopt = adopt
         self._counters = counters
         self._is_started = False
+        self.ended = asyncio.Event()
+        """Nobody can send anything any more, and everything was taken."""
 
     def start(self) -> None:
+        if self.ended.is_set():
+            return
         self._is_started = True
         asyncio.get_running_loop().add_reader(self._reader.fileno(), self._read)
 
@@ -40,11 +45,6 @@ class Adopter:
         """Leave the rest to who reads it now: our replacement, or the master."""
         self._is_started = False
         asyncio.get_running_loop().remove_reader(self._reader.fileno())
-
-    def take_all(self) -> None:
-        """Everything that is there now."""
-        while self._take_one():
-            pass
 
     def _read(self) -> None:
         if not has_headroom(self._reader.fileno()):
@@ -70,7 +70,22 @@ class Adopter:
             logging.getLogger("uvicorn.error").warning("a connection could not be taken over: %s", error)
             return True
         except EOFError:
+            self.ended.set()
             self.stop()
             return False
         self._counters[ADOPTED] += 1
         return True
+
+
+def socket_of(state: AnyState, fds: list[int]) -> socket.socket:
+    """The one connection of a letter, non-blocking; takes ownership of the fds. Raises Unreadable."""
+    try:
+        if len(fds) != 1:
+            raise Unreadable(f"a connection with {len(fds)} fds: {state}")
+        connection = socket.socket(fileno=fds[0])
+    except (OSError, Unreadable) as error:
+        for fd in fds:
+            os.close(fd)
+        raise Unreadable(f"not a connection: {error}") from None
+    connection.setblocking(False)
+    return connection

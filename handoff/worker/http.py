@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import inspect
 import logging
-import os
 import signal
 import socket
 import time
@@ -26,7 +26,7 @@ from handoff.counters import CONNECTIONS, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
 from handoff.worker.accepting import stop_accepting
-from handoff.worker.adopter import Adopter
+from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.check import request_self
 from handoff.worker.link import Link
@@ -41,6 +41,8 @@ from handoff.worker.websocket import WebSocketProtocol
 
 LINGER_SECONDS = 2.0
 """How long an idle kept-alive connection may still send a request after a drain began."""
+_HOPELESS_SECONDS = 2 * LINGER_SECONDS
+"""So near the deadline nobody is hoped for who would take connections: they linger, and end gently."""
 CUT_OFF_SECONDS = 0.5
 """After the deadline: for the close frames of WebSockets and the cancelled tasks."""
 SENT_PER_TURN = 32
@@ -166,18 +168,16 @@ class HTTPService:
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
+        connection = socket_of(state, fds)
         protocol: HTTPProtocol | WebSocketProtocol
         app_state = self._lifespan.state
-        if isinstance(state, HTTPState) and len(fds) == 1:
+        if isinstance(state, HTTPState):
             protocol = self._http(self._config, self._state, app_state, adopted=(state, data))
-        elif isinstance(state, WebSocketState) and WEBSOCKET in self._adopts and len(fds) == 1:
+        elif isinstance(state, WebSocketState) and WEBSOCKET in self._adopts:
             protocol = WebSocketProtocol(self._config, self._state, app_state, adopted=(state, data))
         else:
-            for fd in fds:
-                os.close(fd)
-            raise Unreadable(f"a connection that is not taken here, with {len(fds)} fds: {state}")
-        connection = socket.socket(fileno=fds[0])
-        connection.setblocking(False)
+            connection.close()
+            raise Unreadable(f"a connection that is not taken here: {state}")
         task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
@@ -238,13 +238,21 @@ class HTTPService:
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master
-        else:
-            self._adopter.take_all()
         ending = [self._listeners[name] for name in self._link.ending_listeners if name in self._listeners]
         await stop_accepting(self._servers, ending, self._protocol, self._config.ssl)
         await self._until_idle()
+        if not self._link.moves and self._adopts and not self._link.is_orphan:
+            await self._until_nobody_sends()
         if state.connections or state.tasks:
             await self._cut_off()
+
+    async def _until_nobody_sends(self) -> None:
+        """The service stops: others may have handed over to us before they heard of it."""
+        self._adopter.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(LINGER_SECONDS, self._remaining())):
+                await self._adopter.ended.wait()
+        await self._until_idle()
 
     def _remaining(self) -> float:
         deadline = self._link.drain_deadline
@@ -254,9 +262,9 @@ class HTTPService:
     async def _until_idle(self) -> None:
         """Until no connection and no task is left, or the deadline, which a later message may bring nearer."""
         while not self._is_idle() and self._remaining() > 0:
-            await self._send_away()
             self._state.emptied.clear()
             self._changed.clear()
+            await self._send_away()
             if self._is_idle():
                 return
             waiters: set[asyncio.Future[Any]] = {asyncio.ensure_future(self._changed.wait())}
@@ -275,7 +283,7 @@ class HTTPService:
     async def _send_away(self) -> None:
         """Connections move where somebody takes them; otherwise they end here, when nobody can be hoped for."""
         state, outbox = self._state, self._state.mover.outbox
-        is_hopeful = self._link.moves and bool(self._adopts) and self._remaining() > LINGER_SECONDS
+        is_hopeful = self._link.moves and bool(self._adopts) and self._remaining() > _HOPELESS_SECONDS
         if self._link.moves and self._adopts and outbox.takes(HTTP):
             state.leave = HTTPProtocol.begin_move
         elif is_hopeful and not outbox.receivers:
@@ -296,8 +304,8 @@ class HTTPService:
     def _patience(self) -> float:
         """How long to wait for a change: until the deadline, or until receivers are not hoped for any more."""
         remaining = self._remaining()
-        if self._state.leave is HTTPProtocol.cancel_move and remaining > LINGER_SECONDS:
-            return remaining - LINGER_SECONDS
+        if self._state.leave is HTTPProtocol.cancel_move and remaining > _HOPELESS_SECONDS:
+            return remaining - _HOPELESS_SECONDS
         return remaining
 
     async def _cut_off(self) -> None:

@@ -25,7 +25,7 @@ from handoff.counters import ADOPTED, CONNECTIONS, MOVED, REFUSED
 from handoff.mailbox import Unreadable, receive_letter
 from handoff.rights import has_headroom
 from handoff.worker.accepting import stop_accepting
-from handoff.worker.adopter import LETTERS_PER_TURN, Adopter
+from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of
 from handoff.worker.context import Claims
 from handoff.worker.link import Link
 from handoff.worker.mover import Mover
@@ -33,6 +33,8 @@ from handoff.worker.outbox import Outbox, Put
 from handoff.worker.raw import Protocol, RawConnection, makes_movable
 
 MAXIMUM_HANDED_FDS = 16
+SENDERS_SECONDS = 2.0
+"""How long workers may take to hear that nobody takes connections any more."""
 
 
 class _Identity:
@@ -178,11 +180,12 @@ class Worker(_Identity):
             except Unreadable:
                 self._counters[REFUSED] += 1
                 continue
-            self._counters[ADOPTED] += 1
-            sockets = [socket.socket(fileno=fd) for fd in fds]
-            for one in sockets:
-                one.setblocking(False)
-            found.append((sockets, state))
+            sockets = _sockets_of(fds)
+            if sockets:
+                self._counters[ADOPTED] += 1
+                found.append((sockets, state))
+            else:
+                self._counters[REFUSED] += 1
         return found
 
     def _stop_adopting(self) -> None:
@@ -204,6 +207,22 @@ class Worker(_Identity):
         self._leave(number)
         with contextlib.suppress(BlockingIOError):
             self._wake_writer.send(b"\0")
+
+
+def _sockets_of(fds: list[int]) -> list[socket.socket]:
+    """Takes ownership of the fds. Empty where one of them is no socket."""
+    sockets: list[socket.socket] = []
+    try:
+        for fd in fds:
+            sockets.append(socket.socket(fileno=fd))
+            sockets[-1].setblocking(False)
+    except OSError:
+        for one in sockets:
+            one.detach()
+        for fd in fds:
+            os.close(fd)
+        return []
+    return sockets
 
 
 class AsyncWorker(_Identity):
@@ -271,15 +290,23 @@ class AsyncWorker(_Identity):
         await self.drained()
         if moves and self._link.moves:
             adopter.stop()  # our replacement reads on, or the master
-        elif moves:
-            adopter.take_all()
         for name, server in zip(sockets, servers, strict=True):
             ending = [sockets[name]] if name in self._link.ending_listeners else []
             await stop_accepting([server], ending, factories[name])
         await self._until_empty()
+        if moves and not self._link.moves and not self._link.is_orphan:
+            await self._until_nobody_sends(adopter)
         for transport in list(self._transports):
             getattr(transport, "abort", transport.close)()
         await asyncio.sleep(0)  # connection_lost of what was aborted is called in the next turn
+
+    async def _until_nobody_sends(self, adopter: Adopter) -> None:
+        """The service stops: others may have handed over to us before they heard of it."""
+        adopter.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(SENDERS_SECONDS, self.drain_seconds or 0.0)):
+                await adopter.ended.wait()
+        await self._until_empty()
 
     async def _until_empty(self) -> None:
         """Until no connection is left, or the deadline. They move where somebody takes them."""
@@ -305,12 +332,10 @@ class AsyncWorker(_Identity):
         self, factories: Mapping[str, Callable[[], asyncio.Protocol]], state: AnyState, data: bytes, fds: list[int]
     ) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
-        if not isinstance(state, RawState) or state.listener not in factories or len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
+        connection = socket_of(state, fds)
+        if not isinstance(state, RawState) or state.listener not in factories:
+            connection.close()
             raise Unreadable(f"no such listener here, or no connection of this kind: {state}")
-        connection = socket.socket(fileno=fds[0])
-        connection.setblocking(False)
         protocol: Any = factories[state.listener]()
         made = protocol.connection_made
 

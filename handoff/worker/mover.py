@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ class Mover:
     def __init__(self, counters: memoryview) -> None:
         self._counters = counters
         self.outbox = Outbox()
-        self._waiting: deque[Movable] = deque()
+        self._waiting: dict[str, deque[Movable]] = {}
+        """By kind: one that nobody takes must not keep the others."""
         self._watched: list[socket.socket] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -50,48 +52,58 @@ class Mover:
 
     def post(self, connection: Movable, mailbox: int | None = None) -> None:
         """Hand over a quiet connection: now, or when there is room. `mailbox`: to this receiver, if it is there."""
-        self._waiting.append(connection)
-        self._counters[WAITING] = len(self._waiting)
-        if len(self._waiting) == 1:
-            self._flush(mailbox)
+        queue = self._waiting.setdefault(connection.kind, deque())
+        queue.append(connection)
+        if len(queue) == 1:
+            self._send_all(queue, mailbox)
+        self._count()
 
-    def _flush(self, mailbox: int | None = None) -> None:
-        while self._waiting:
-            connection = self._waiting[0]
-            letter = connection.letter()
-            if letter is not None and not self._send(connection, letter, mailbox):
-                break
-            self._waiting.popleft()
-        self._counters[WAITING] = len(self._waiting)
+    def _flush(self) -> None:
+        self._unwatch()
+        for queue in list(self._waiting.values()):
+            self._send_all(queue, None)
+        self._count()
 
-    def _send(self, connection: Movable, letter: tuple[AnyState, bytes, Sequence[int]], mailbox: int | None) -> bool:
+    def _count(self) -> None:
+        self._counters[WAITING] = sum(map(len, self._waiting.values()))
+
+    def _send_all(self, queue: deque[Movable], mailbox: int | None) -> None:
+        while queue and self._send(queue[0], mailbox):
+            queue.popleft()
+
+    def _send(self, connection: Movable, mailbox: int | None) -> bool:
         """False: there is no room now, and `_flush` will be called again."""
-        match self.outbox.put(connection.kind, letter, mailbox):
+        try:
+            letter = connection.letter()
+            if letter is None:
+                return True
+            put = self.outbox.put(connection.kind, letter, mailbox)
+        except Exception:
+            logging.getLogger("uvicorn.error").exception("a connection could not be handed over")
+            put = Put.REFUSED
+        match put:
             case Put.SENT:
                 self._counters[MOVED] += 1
                 connection.moved()
-                return True
             case Put.REFUSED:
                 self._counters[REFUSED] += 1
                 connection.refused()
-                return True
             case Put.FULL:
                 self._watch(self.outbox.writers(connection.kind))
+                return False
             case Put.LATER:
                 self._retry_later()
-        return False
+                return False
+        return True
 
     # --- waiting for room -------------------------------------------------------------------------------------------
 
     def _watch(self, writers: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
-        self._watched = writers
         for writer in writers:
-            loop.add_writer(writer.fileno(), self._has_room)
-
-    def _has_room(self) -> None:
-        self._unwatch()
-        self._flush()
+            if writer not in self._watched:
+                self._watched.append(writer)
+                loop.add_writer(writer.fileno(), self._flush)
 
     def _unwatch(self) -> None:
         loop = asyncio.get_running_loop()

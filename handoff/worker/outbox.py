@@ -40,7 +40,7 @@ class Outbox:
             if info.is_new:
                 self._writers[info.mailbox] = socket.socket(fileno=next(fresh))
                 self._writers[info.mailbox].setblocking(False)
-        self.receivers = message.receivers
+        self.receivers = tuple(info for info in message.receivers if info.mailbox in self._writers)
         kept = {info.mailbox for info in message.receivers}
         for mailbox in [mailbox for mailbox in self._writers if mailbox not in kept]:
             self._writers.pop(mailbox).close()

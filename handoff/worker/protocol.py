@@ -48,6 +48,7 @@ class HTTPProtocol(HttpToolsProtocol):
         "_body_bytes",
         "_body_of",
         "_head",
+        "_head_after",
         "_is_ending",
         "_is_posted",
         "_mailbox",
@@ -78,6 +79,8 @@ class HTTPProtocol(HttpToolsProtocol):
         """The last cycle whose message was parsed to its end; while it is not `cycle`, a body is going on."""
         self._head: list[bytes] = []
         """What was parsed, from the begin of a message on, and ends within a head."""
+        self._head_after: RequestResponseCycle | None = None
+        """The last cycle before that head."""
         self._splitter: BodySplitter | None = None
         self._body_of: RequestResponseCycle | None = None
         self._body_bytes = 0
@@ -96,7 +99,7 @@ class HTTPProtocol(HttpToolsProtocol):
         self.server_state.connection_made()
         if self._adopted is not None:
             self._take_over(*self._adopted)
-        if self.server_state.leave is not None:
+        if self.server_state.leave is not None and self in self.connections:  # not one that was upgraded at once
             self.server_state.leave(self)
 
     def _take_over(self, state: HTTPState, data: bytes) -> None:
@@ -124,13 +127,23 @@ class HTTPProtocol(HttpToolsProtocol):
             return bool(self._unfed) and not self.transport.is_closing()
         if not self._unfed:  # otherwise the next reader of this socket finds its end again
             cycle.keep_alive = False
-        self.loop.call_later(self.timeout_keep_alive, self._still_unanswered, cycle)
+        self.loop.call_later(self.timeout_keep_alive, self._still_unanswered, cycle, not self.pipeline)
         return True
 
-    def _still_unanswered(self, cycle: RequestResponseCycle) -> None:
+    def _still_unanswered(self, cycle: RequestResponseCycle, was_alone: bool) -> None:
         """The client sends no more, or has gone away altogether: without a write nobody knows, so this has a limit."""
-        if not cycle.response_started:
+        if self.transport.is_closing() or cycle.response_started:
+            return
+        if was_alone:
             self.transport.abort()
+        else:  # those before it were being answered: a client that is gone would have been noticed
+            self.loop.call_later(self.timeout_keep_alive, self._still_unanswered, cycle, not self.pipeline)
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.is_leaving and (self._unfed or _unread_bytes(self.transport)):
+            self.timeout_keep_alive_task = None
+            return
+        super().timeout_keep_alive_handler()
 
     def observe(self, now: float) -> None:
         """Called twice a second, so that a request's age is known without a timestamp in the path of each."""
@@ -174,6 +187,9 @@ class HTTPProtocol(HttpToolsProtocol):
         """Keep what is needed to know, later, where the message in progress began or ends."""
         if self.cycle is None or self.cycle.scope is not self.scope:
             self._head.append(data)
+            if self._head_after is not self.cycle:  # whole messages lie before the head that has begun
+                self._head_after = self.cycle
+                self._head = [after_last_message(b"".join(self._head))]
         else:
             self._head = []
             self._splitter = BodySplitter(self.cycle.scope["headers"], data)  # type: ignore[arg-type]
@@ -192,6 +208,7 @@ class HTTPProtocol(HttpToolsProtocol):
                 self.data_received(data)
             return
         if data:
+            self._unset_keepalive_if_required()
             self._unfed.append(data)
             if sum(map(len, self._unfed)) > MAXIMUM_UNFED_BYTES:
                 self.flow.pause_reading()
@@ -270,7 +287,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def letter(self) -> tuple[HTTPState, bytes, Sequence[int]] | None:
         """The connection as another worker takes it over; the fd is borrowed."""
-        if self.transport.is_closing() or not self.is_leaving:
+        if not self._is_posted or not self._is_quiet:
             return None
         data = after_last_message(b"".join(self._head)) + b"".join(self._unfed)
         timer, until = self.timeout_keep_alive_task, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,11 +59,16 @@ class RawConnection:
         self._client = transport.get_extra_info("peername")
         self._state: bytes | None = None
         self._is_leaving = False
+        self._is_watched = False
 
     def begin_move(self) -> None:
         if self._is_leaving:
             return
         self._is_leaving = True
+        if self._is_watched:
+            self.try_move()
+            return
+        self._is_watched = True
         protocol = self._protocol
         received, resumed = protocol.data_received, protocol.resume_writing
 
@@ -87,7 +93,10 @@ class RawConnection:
         if self._transport.get_write_buffer_size():
             self._transport.set_write_buffer_limits(high=0)  # so that resume_writing says when it is empty
             return
-        self._state = self._protocol.detach()
+        try:
+            self._state = self._protocol.detach()
+        except Exception:
+            logging.getLogger("handoff").exception("detach failed; the connection stays")
         if self._state is None:
             self._transport.resume_reading()
         else:
@@ -96,10 +105,12 @@ class RawConnection:
     def cancel_move(self) -> None:
         """The connection stays: the protocol goes on with its own state."""
         state, self._state = self._state, None
-        self._is_leaving = False
-        if state is not None and not self._transport.is_closing():
+        was_leaving, self._is_leaving = self._is_leaving, False
+        if not was_leaving or self._transport.is_closing():
+            return
+        if state is not None:
             self._protocol.attach(state)
-            self._transport.resume_reading()
+        self._transport.resume_reading()
 
     # --- what the mover asks ----------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ from handoff.worker.frames import FrameSplitter
 from handoff.worker.state import WorkerServerState, address
 
 RESTART = 1012
+MAXIMUM_HELD_BYTES = 64 * 1024
+"""More than this is left in the kernel while the application has not accepted."""
 _EXTENSIONS = "Sec-WebSocket-Extensions"
 
 
@@ -59,6 +61,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._letter: tuple[WebSocketState, bytes] | None = None
         self._held: list[bytes] = []
         """What came while nobody could take it."""
+        self._is_held_back = False
         self._splitter: FrameSplitter | None = None
         if server_state.hands_websockets_over:
             self._splitter = FrameSplitter(config.ws_max_size)
@@ -88,6 +91,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             super().data_received(data)
         elif self._has_told or not self.handshake_complete:
             self._held.append(data)
+            if not (self._has_told or self._is_held_back) and sum(map(len, self._held)) > MAXIMUM_HELD_BYTES:
+                self._is_held_back = True
+                self.transport.pause_reading()
         else:
             frames = self._splitter.add(data)
             if frames:
@@ -137,6 +143,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._go_on()
             await super().send({"type": "websocket.close", "code": 1000})
 
+    def send_500_response(self) -> None:
+        """Of an application that failed before its accept. A client that was accepted is told in a frame."""
+        if self._adopted is None or self.handshake_complete:
+            super().send_500_response()
+            return
+        self._go_on()
+        if not self.close_sent:
+            self._close_for_restart("its application failed before it accepted")
+
     # --- taking over ------------------------------------------------------------------------------------------------
 
     def _take_over(self, state: WebSocketState, data: bytes) -> None:
@@ -162,6 +177,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def _release_held(self) -> None:
         held, self._held = self._held, []
+        if self._is_held_back and not self.transport.is_closing():
+            self._is_held_back = False
+            self.transport.resume_reading()
         for data in held:
             if data and not self.transport.is_closing():
                 self.data_received(data)
