@@ -122,6 +122,25 @@ def test_connections_of_a_worker_that_is_scaled_away_move_to_its_siblings(direct
         assert {client.ask() for client in clients} == pids(service)
 
 
+def test_a_sibling_that_was_replaced_in_its_slot_takes_connections(directory: Path) -> None:
+    with Service(directory, "--workers", "2") as service:
+        first, second = service.workers()
+        os.kill(second["pid"], signal.SIGKILL)
+
+        def is_replaced() -> bool:
+            found = service.workers()
+            return [one["state"] for one in found] == ["accepting"] * 2 and found[1]["pid"] != second["pid"]
+
+        wait_until(is_replaced, "the killed one is replaced")
+        with kept(service, 10) as clients:
+            os.kill(first["pid"], signal.SIGTERM)
+            wait_until(lambda: first["pid"] not in [one["pid"] for one in service.workers()], "the first has gone")
+            for client in clients:
+                client.ask()
+        assert moves(service)["refused"] == 0
+        assert "KeyError" not in service.stderr.text
+
+
 def test_connections_of_the_only_worker_wait_for_its_replacement_and_are_served_meanwhile(directory: Path) -> None:
     with Service(directory) as service, kept(service, 5) as clients:
         (old,) = pids(service)

@@ -20,9 +20,9 @@ from uvicorn.config import Config
 from handoff.core.messages import ReceiverInfo, Receivers
 from handoff.core.moves import HTTP, AnyState, HTTPState
 from handoff.counters import ADOPTED, CONNECTIONS, FIELDS, MOVED, REFUSED, WAITING
-from handoff.mailbox import mailbox_pair, unread_bytes
+from handoff.mailbox import mailbox_pair, send_letter, unread_bytes
 from handoff.rights import send_datagram
-from handoff.worker.adopter import Adopter
+from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
@@ -59,9 +59,8 @@ class Server:
         return HTTPProtocol(self._config, self.state, {}, adopted=adopted)
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
+        connection = socket_of(state, fds)
         self.states.append(state)
-        connection = socket.socket(fileno=fds[0])
-        connection.setblocking(False)
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(
             loop.connect_accepted_socket(lambda: self.make((state, data)), connection)  # type: ignore[arg-type]
@@ -477,3 +476,129 @@ def test_moves_are_off_outside_the_tested_versions_with_one_warning(
     assert [can_move(slot) for slot in range(3)] == [expected] * 3
     assert len(caplog.records) == (0 if expected else 1)
     assert all(version in record.getMessage() for record in caplog.records)
+
+
+# --- what a second look found -----------------------------------------------------------------------------------------
+
+
+def nobody_takes(bench: Bench) -> None:
+    bench.one.gives_to(bench.two, ("other/1",))
+
+
+def only(server: Server) -> HTTPProtocol:
+    [connection] = server.state.connections
+    assert isinstance(connection, HTTPProtocol)
+    return connection
+
+
+def test_a_connection_that_waited_for_room_and_got_a_request_meanwhile_answers_it_first(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        with await bench.connect() as client:
+            nobody_takes(bench)
+            protocol = only(bench.one)
+            protocol.begin_move()
+            await bench.until(lambda: bench.one.counters[WAITING] == 1)
+            protocol.cancel_move()
+            bench.gate.clear()
+            await asyncio.get_running_loop().sock_sendall(client, get("/slow"))
+            await bench.has_started.wait()
+            protocol.begin_move()
+            bench.one.gives_to(bench.two)  # while the old entry is still in the queue
+            for _ in range(20):
+                await asyncio.sleep(0)
+            bench.gate.set()
+            await bench.answers(client, 1)
+            await bench.until(lambda: bench.one.counters[MOVED] == 1)
+
+    run(scenario)
+
+
+def test_a_request_that_came_in_time_is_answered_though_the_deadline_passes_while_it_waits(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        with await bench.connect() as client:
+            loop = asyncio.get_running_loop()
+            protocol = only(bench.one)
+            protocol.timeout_keep_alive = 0.01  # type: ignore[assignment]
+            nobody_takes(bench)
+            bench.gate.clear()
+            await loop.sock_sendall(client, get("/one"))
+            await bench.has_started.wait()
+            protocol.begin_move()
+            bench.gate.set()
+            await bench.answers(client, 1)
+            await loop.sock_sendall(client, get("/two"))
+            await bench.until(lambda: protocol.timeout_keep_alive_task is None)  # it has fired
+            bench.one.gives_to(bench.two)
+            await bench.answers(client, 1)
+
+    run(scenario)
+
+
+def test_what_is_kept_of_a_pipelining_client_is_the_head_that_has_begun(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        with await bench.connect() as client:
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(client, b"GET /0 HTTP/1.1\r\nHost: x")
+            for _ in range(50):
+                await loop.sock_sendall(client, b"\r\nA: " + b"x" * 1000 + b"\r\n\r\nGET /n HTTP/1.1\r\nHost: x")
+                await bench.answers(client, 1)
+            assert sum(map(len, only(bench.one)._head)) < 2000
+            bench.one.move_all()
+            await bench.until(lambda: bench.two.counters[ADOPTED] == 1)
+            await loop.sock_sendall(client, b"\r\n\r\n")
+            await bench.answers(client, 1)
+
+    run(scenario)
+
+
+def test_datagrams_that_are_no_connections_are_counted_and_the_next_is_taken(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        with await bench.connect() as client:
+            bench.two.writer.send(b"")
+            read, write = os.pipe()
+            send_letter(bench.two.writer, HTTPState(), b"", [read])
+            os.close(read)
+            os.close(write)
+            bench.one.move_all()
+            await bench.until(lambda: bench.two.counters[ADOPTED] == 1)
+            await asyncio.get_running_loop().sock_sendall(client, get("/after"))
+            await bench.answers(client, 1)
+            assert bench.two.counters[REFUSED] == 2
+            bench.two.counters[REFUSED] = 0
+
+    run(scenario)
+
+
+def test_one_that_nobody_takes_does_not_keep_the_others(run: Run) -> None:
+    class Stranger:
+        kind = "other/1"
+
+        def letter(self) -> Any:
+            return HTTPState(), b"", (0,)
+
+    class Broken:
+        kind = HTTP
+
+        def letter(self) -> Any:
+            raise ValueError("mine")
+
+        def refused(self) -> None:
+            refused.append(self)
+
+    refused: list[object] = []
+
+    async def scenario(bench: Bench) -> None:
+        with await bench.connect() as client:
+            mover = bench.one.state.mover
+            mover.post(Stranger())  # type: ignore[arg-type]
+            mover.post(Broken())  # type: ignore[arg-type]
+            bench.one.move_all()
+            await bench.until(lambda: bench.two.counters[ADOPTED] == 1)
+            await asyncio.get_running_loop().sock_sendall(client, get("/after"))
+            await bench.answers(client, 1)
+            assert len(refused) == bench.one.counters[REFUSED] == 1
+            bench.one.counters[REFUSED] = 0
+            mover._waiting.clear()
+            mover._retry()
+
+    run(scenario)

@@ -18,7 +18,7 @@ from handoff.core.messages import ReceiverInfo, Receivers
 from handoff.core.moves import WEBSOCKET, AnyState, WebSocketState
 from handoff.counters import ADOPTED, CONNECTIONS, FIELDS, MOVED, REFUSED
 from handoff.mailbox import mailbox_pair
-from handoff.worker.adopter import Adopter
+from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.state import WorkerServerState
 from handoff.worker.websocket import WebSocketProtocol
@@ -57,8 +57,7 @@ class Server:
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         assert isinstance(state, WebSocketState)
         protocol = WebSocketProtocol(self._config, self.state, {}, adopted=(state, data))
-        connection = socket.socket(fileno=fds[0])
-        connection.setblocking(False)
+        connection = socket_of(state, fds)
         task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopting.discard)
@@ -85,6 +84,7 @@ class Pair:
     def __init__(self) -> None:
         self.connects: list[str] = []
         self.disconnects: list[int] = []
+        self.fails: bool | None = None
         self.one, self.two = Server(self.application), Server(self.application)
         self.one.gives_to(self.two)
         self.two.gives_to(self.one)
@@ -94,6 +94,10 @@ class Pair:
     async def application(self, scope: Any, receive: Any, send: Any) -> None:
         state = scope["extensions"]["handoff"]["state"]
         self.connects.append((await receive())["type"])
+        if len(self.connects) > 1 and self.fails is not None:
+            if self.fails:
+                raise ValueError("mine")
+            return
         await send({"type": "websocket.accept"})
         while (message := await receive())["type"] == "websocket.receive":
             state["count"] = state.get("count", 0) + 1
@@ -258,5 +262,19 @@ def test_many_messages_in_one_write_are_answered_once_each_over_moves(run: Run) 
             expected += 20
             connections = source.state.connections
             await pair.until(lambda connections=connections: not connections)  # type: ignore[misc]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_application_that_does_not_accept_after_the_move_is_a_close_frame(run: Run, fails: bool) -> None:
+    async def scenario(pair: Pair) -> None:
+        pair.fails = fails
+        pair.one.move_all()
+        [frame] = await pair.hear()
+        assert frame.opcode is Opcode.CLOSE
+        assert int.from_bytes(bytes(frame.data)[:2], "big") == 1012
+        assert pair.two.counters[REFUSED] == 1
+        pair.two.counters[REFUSED] = 0
 
     run(scenario)
