@@ -88,7 +88,10 @@ while (!$ends) {
 def peer(name: str) -> str:
     """A program that .ci/run installs."""
     found = shutil.which(name)
-    assert found is not None, f"{name} is not installed; see .ci/run"
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{name} is missing; .ci/run installs it")
+        pytest.skip(f"{name} is missing: install it (.ci/run names the packages)")
     return found
 
 
@@ -165,6 +168,7 @@ def test_nginx_takes_the_listener_by_its_own_variable(tmp_path: Path) -> None:
 
 def test_a_child_of_server_starters_kind(tmp_path: Path) -> None:
     (tmp_path / "main.pl").write_text(PERL)
+    peer("start_server")
     words = [peer("perl"), "main.pl"]
     options = ("--dialect", "server-starter", "--ready-after", "200ms")
     with command(tmp_path, *words, options=options) as service:
