@@ -50,6 +50,7 @@ check: $(VENV)/check.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/bench.stamp
+	$(BIN)/python -m bench.instructions
 	$(BIN)/python -m bench.steady
 	$(BIN)/python -m bench.boot
 	$(BIN)/python -m bench.moves
