@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core import messages
@@ -151,35 +152,25 @@ class Crew:
         mailbox_fd: int,
     ) -> WorkerProcess:
         boot = self._boot(row, action, pins, label, listeners, mailbox_fd)
-        foreign = None
-        if pins.settings.command:
-            foreign = ForeignWorker(action.worker, pins.settings, self._loop, self._log, self._on_event)
-        ours, theirs = channel_pair()
-        try:
-            post_mortem = post_mortem_file()
-        except OSError:
-            ours.close()
-            theirs.close()
-            raise
         environment = pins.environment | worker_variables(pins.settings.name, action.generation, label, action.slot)
-        environment |= {
-            CHANNEL_VARIABLE: str(theirs.fileno()),
-            POST_MORTEM_VARIABLE: str(post_mortem),
-        }
-        if foreign is not None:
-            command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign.notify_address)
-        else:
-            command = self._own_command(
-                action, pins, environment, listeners, theirs.fileno(), (post_mortem, mailbox_fd)
-            )
-        try:
-            pid, pidfd = spawn(command)
-        except OSError:
-            ours.close()
-            os.close(post_mortem)
-            raise
-        finally:
-            theirs.close()
+        foreign = None
+        with ExitStack() as undo:
+            ours, theirs = channel_pair()
+            undo.callback(ours.close)
+            with theirs:
+                post_mortem = post_mortem_file()
+                undo.callback(os.close, post_mortem)
+                if pins.settings.command:
+                    foreign = ForeignWorker(action.worker, pins.settings, self._loop, self._log, self._on_event)
+                    undo.callback(foreign.close)
+                    channel_fd, address = theirs.fileno(), foreign.notify_address
+                    command = _foreign_command(action, pins, environment, listeners, channel_fd, address)
+                else:
+                    environment |= {CHANNEL_VARIABLE: str(theirs.fileno()), POST_MORTEM_VARIABLE: str(post_mortem)}
+                    more_fds = (post_mortem, mailbox_fd)
+                    command = self._own_command(action, pins, environment, listeners, theirs.fileno(), more_fds)
+                pid, pidfd = spawn(command)
+            undo.pop_all()
         return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem, foreign=foreign)
 
     def _own_command(
@@ -369,8 +360,6 @@ def _foreign_command(
 ) -> Command:
     """A command of any language, with its listeners and its dialect's variables."""
     settings = pins.settings
-    environment.pop(CHANNEL_VARIABLE)
-    environment.pop(POST_MORTEM_VARIABLE)
     addresses = [listener.address for listener in listeners.values()]
     environment |= listener_variables(settings.dialect, list(listeners), addresses, action.generation)
     if notify_address:

@@ -52,9 +52,7 @@ class ForeignWorker:
         if listens_for_words(settings.dialect):
             # Abstract: a command that becomes another user still reaches it; who may speak its credentials tell.
             self.notify_address = f"@handoff-{secrets.token_hex(16)}"
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            self._socket.bind("\0" + self.notify_address[1:])
+            self._socket = _notify_socket(self.notify_address)
 
     def started(self, pid: int) -> None:
         self.pid = pid
@@ -89,7 +87,8 @@ class ForeignWorker:
 
     def close(self) -> None:
         if self._socket is not None:
-            self._loop.forget(self._socket)
+            if self.pid:
+                self._loop.forget(self._socket)
             self._socket.close()
             self._socket = None
 
@@ -128,6 +127,18 @@ class ForeignWorker:
         if not self._is_ready:
             self._is_ready = True
             self._on_event(ReadySaid(self.worker))
+
+
+def _notify_socket(address: str) -> socket.socket:
+    """The caller owns it. Raises OSError."""
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        found.bind("\0" + address[1:])
+    except OSError:
+        found.close()
+        raise
+    return found
 
 
 def _take_ancillary(ancillary: list[tuple[int, int, bytes]]) -> int:
