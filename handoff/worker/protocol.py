@@ -1,9 +1,10 @@
 """uvicorn's HTTP protocol with a drain that loses nothing, and connections that can move to another worker.
 
 Built on these internals of uvicorn (a test for each fails when one changes): HttpToolsProtocol's `cycle`, `pipeline`,
-`scope`, `connections`, `flow`, `timeout_keep_alive_task`, `timeout_keep_alive_handler`, `on_response_complete`, the
-bodies of `data_received`, `on_body` and `on_message_complete`, that a message's scope is made at its begin and its
-cycle at the end of its head, and that each request is started by `self._start_asgi_task(cycle, app)`;
+`scope`, `connections`, `flow`, `timeout_keep_alive_task`, `timeout_keep_alive_handler`, `on_response_complete`,
+`send_400_response`, `_unset_keepalive_if_required`, the bodies of `data_received`, `on_body` and `on_message_complete`,
+that a message's scope is made at its begin and its cycle at the end of its head, and that each request is started by
+`self._start_asgi_task(cycle, app)`;
 RequestResponseCycle's `keep_alive`, `response_started`, `response_complete`, `on_response`, `transport`, that it has
 no slots, that `send` sets `response_started` before it asks for `keep_alive`, and that it calls `transport.close()`
 after a response without keep-alive.

@@ -2,8 +2,8 @@
 
 Built on these internals of uvicorn (a test for each fails when one changes): WebSocketsSansIOProtocol's `conn`,
 `queue`, `frames`, `response`, `handshake_complete`, `close_sent`, `disconnected`, `close_timer`, `stop_keepalive`,
-`start_keepalive`, `run_asgi`, `shutdown`; and of websockets: ServerProtocol's `current_size` and `state`, and that
-`accept` negotiates the same from the same request.
+`start_keepalive`, `run_asgi`, `shutdown`, `send_500_response`; and of websockets: ServerProtocol's `current_size` and
+`state`, and that `accept` negotiates the same from the same request.
 """
 
 from __future__ import annotations

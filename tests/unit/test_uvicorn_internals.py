@@ -400,3 +400,17 @@ def test_a_handshake_that_is_gone_through_again_negotiates_the_same() -> None:
     assert found[0] == found[1]
     assert "server_no_context_takeover" in found[0]
     assert "client_no_context_takeover" in found[0]
+
+
+def test_what_is_answered_beside_the_application_goes_through_these_methods() -> None:
+    """`--metrics` counts the 400s; an adopted WebSocket turns a 500 into a frame."""
+    assert parameters_of(HttpToolsProtocol.send_400_response) == ["msg"]
+    assert "self.send_400_response" in inspect.getsource(HttpToolsProtocol.data_received)
+    assert parameters_of(WebSocketsSansIOProtocol.send_500_response) == []
+    for function in (WebSocketsSansIOProtocol.run_asgi, WebSocketsSansIOProtocol.shutdown):
+        assert "self.send_500_response()" in inspect.getsource(function)
+
+
+def test_the_keep_alive_timer_calls_its_handler() -> None:
+    assert "self.timeout_keep_alive_handler" in inspect.getsource(HttpToolsProtocol.on_response_complete)
+    assert "self.timeout_keep_alive_task.cancel()" in inspect.getsource(HttpToolsProtocol._unset_keepalive_if_required)
