@@ -145,7 +145,7 @@ def test_a_state_that_is_no_json_ends_with_1012_and_is_counted(application: Path
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
         assert service.status()["moves"]["refused"] == 1
-        assert "is no JSON" in service.stderr.text
+        service.stderr.wait_for("is no JSON")
 
 
 def test_without_the_option_websockets_stay_where_they_are(application: Path) -> None:
