@@ -23,21 +23,28 @@ _NUMERIC_HOST = re.compile(r"[0-9.]+")
 _MODE = re.compile(r"mode=(0?[0-7]{3})")
 _SCHEME = re.compile(r"(?:[^=]*=)?([A-Za-z][A-Za-z0-9+.-]*)://")
 _DIGITS = re.compile(r"[0-9]{1,10}")
+NO_BINDS = "none"
+"""Typed instead of an address: a service without any listener, for workers that fetch their work."""
 
 
 class Bind(msgspec.Struct, frozen=True, kw_only=True):
     """One address to listen on. Which of the fields count follows from `kind`.
 
-    `tcp`: host, port (0: any free one); `unix`: path, mode; `fd`: fd.
+    `tcp`, `udp`: host, port (0: any free one); `unix`: path, mode; `fd`: fd.
     """
 
     name: str | None = None
-    kind: Literal["tcp", "unix", "fd"]
+    kind: Literal["tcp", "udp", "unix", "fd"]
     host: str = ""
     port: int = 0
     path: str = ""
     fd: int = -1
     mode: int = DEFAULT_UNIX_MODE
+
+    @property
+    def is_any_port(self) -> bool:
+        """The kernel chooses a port, another one for each such bind."""
+        return self.kind in ("tcp", "udp") and self.port == 0
 
     @property
     def key(self) -> str:
@@ -47,8 +54,9 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         """The address as shown to a person."""
         match self.kind:
-            case "tcp":
-                return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+            case "tcp" | "udp":
+                scheme = "udp:" if self.kind == "udp" else ""
+                return f"{scheme}[{self.host}]:{self.port}" if ":" in self.host else f"{scheme}{self.host}:{self.port}"
             case "unix":
                 return f"unix:{self.path}"
             case "fd":
@@ -56,7 +64,7 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_bind(text: str) -> Bind:
-    """The bind that `[NAME=]HOST:PORT`, `[V6]:PORT`, `:PORT`, `unix:PATH[?mode=0660]` or `fd://N` means.
+    """The bind that `[NAME=]HOST:PORT`, `[V6]:PORT`, `:PORT`, `udp:HOST:PORT`, `unix:PATH[?mode=0660]`, `fd://N` means.
 
     A relative path of a unix socket stays relative (see `absolute_bind`). Raises UsageError, one line.
     """
@@ -67,8 +75,9 @@ def parse_bind(text: str) -> Bind:
         return _parse_unix(text, name, address.removeprefix("unix:"))
     if address.startswith("fd:"):
         return _parse_fd(text, name, address)
-    host, port = _split_port(text, address)
-    return Bind(name=name, kind="tcp", host=_canonical_host(text, host), port=port)
+    kind: Literal["tcp", "udp"] = "udp" if address.startswith("udp:") else "tcp"
+    host, port = _split_port(text, address.removeprefix("udp:").removeprefix("//") if kind == "udp" else address)
+    return Bind(name=name, kind=kind, host=_canonical_host(text, host), port=port)
 
 
 def absolute_bind(bind: Bind, directory: str) -> Bind:
@@ -93,7 +102,7 @@ def check_binds(binds: Sequence[Bind]) -> None:
             raise UsageError(f"bind {bind}: is there twice; leave one out")
         if bind.name is not None:
             names.add(bind.name)
-        if bind.kind != "tcp" or bind.port != 0:
+        if not bind.is_any_port:
             keys.add(bind.key)
 
 
@@ -121,8 +130,10 @@ def free_name(name: str, taken: set[str]) -> str:
 
 def _split_name(text: str) -> tuple[str | None, str]:
     scheme = _SCHEME.match(text)
-    if scheme is not None and scheme.group(1) not in ("unix", "fd"):
-        raise UsageError(f"bind {text}: unknown scheme {scheme.group(1)}; write HOST:PORT, unix:PATH or fd://N")
+    if scheme is not None and scheme.group(1) not in ("unix", "fd", "udp"):
+        raise UsageError(
+            f"bind {text}: unknown scheme {scheme.group(1)}; write HOST:PORT, udp:HOST:PORT, unix:PATH or fd://N"
+        )
     # The path of a unix socket may hold "=", a TCP address never does.
     if text.startswith(("unix:", "fd:")) or "=" not in text:
         return None, text

@@ -8,7 +8,7 @@ from collections.abc import MutableMapping, Sequence
 
 import msgspec
 
-from handoff.addresses import Bind, absolute_bind, check_binds, free_name, parse_bind
+from handoff.addresses import NO_BINDS, Bind, absolute_bind, check_binds, free_name, parse_bind
 from handoff.errors import UsageError
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
@@ -49,11 +49,13 @@ def take_inherited(environ: MutableMapping[str, str], pid: int) -> list[Inherite
 
 
 def effective_binds(texts: Sequence[str], inherited: Sequence[InheritedSocket], directory: str) -> list[Bind]:
-    """What is to be bound: what was asked for, else the sockets that were passed, else 127.0.0.1:8000.
+    """What is to be bound: what was asked for, else the sockets that were passed, else 127.0.0.1:8000; or `none`.
 
     Relative paths of unix sockets are taken from `directory`: give the resolved one of the generation, so that a new
     release gets a socket of its own. Raises UsageError for an address that cannot be read, or is there twice.
     """
+    if tuple(texts) == (NO_BINDS,):
+        return []
     if texts:
         binds = [absolute_bind(parse_bind(text), directory) for text in texts]
         check_binds(binds)

@@ -17,6 +17,7 @@ from handoff.errors import HandoffError, UsageError
 from handoff.inherited import InheritedSocket
 
 _WILDCARDS = {"0.0.0.0", "::"}
+_BOUND = (psutil.CONN_LISTEN, psutil.CONN_NONE)  # of TCP, of UDP
 _Inode = tuple[int, int]  # st_dev, st_ino
 
 
@@ -51,8 +52,9 @@ class Listener:
         return f"<Listener {self.name} {self.address}{' inherited' if self.is_inherited else ''}>"
 
     def listen(self, backlog: int) -> None:
-        """Change the length of the queue of connections that wait to be accepted."""
-        self.socket.listen(backlog)
+        """Change the length of the queue of connections that wait to be accepted. Datagrams have no such queue."""
+        if self.socket.type == socket.SOCK_STREAM:
+            self.socket.listen(backlog)
         self.backlog = backlog
 
     def set_mode(self, mode: int) -> None:
@@ -188,6 +190,8 @@ def bind_listener(bind: Bind, name: str, backlog: int) -> Listener:
     match bind.kind:
         case "tcp":
             return _bind_tcp(bind, name, backlog)
+        case "udp":
+            return _bind_udp(bind, name)
         case "unix":
             return _bind_unix(bind, name, backlog)
         case "fd":
@@ -196,12 +200,13 @@ def bind_listener(bind: Bind, name: str, backlog: int) -> Listener:
 
 def _identity(bind: Bind, name: str) -> str:
     # Port 0 is another port for each listener: there the name tells them apart.
-    return f"{bind.key}={name}" if bind.kind == "tcp" and bind.port == 0 else bind.key
+    return f"{bind.key}={name}" if bind.is_any_port else bind.key
 
 
 def _overlaps(bind: Bind, listener: Listener) -> bool:
-    """Whether a TCP bind cannot be had beside the listener: the same port, and one of the two takes every address."""
-    if bind.kind != "tcp" or listener.socket.family not in (socket.AF_INET, socket.AF_INET6):
+    """Whether a bind cannot be had beside the listener: the same port, and one of the two takes every address."""
+    kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}.get(bind.kind)
+    if kind is not listener.socket.type or listener.socket.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     host, port = listener.socket.getsockname()[:2]
     is_same_family = (":" in bind.host) == (":" in host)
@@ -221,7 +226,8 @@ def _update(listener: Listener, name: str, bind: Bind, backlog: int) -> None:
 def _shown_address(bind: Bind, sock: socket.socket) -> str:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         host, port = sock.getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        scheme = "udp:" if sock.type == socket.SOCK_DGRAM else ""
+        return f"{scheme}[{host}]:{port}" if ":" in host else f"{scheme}{host}:{port}"
     if bind.kind == "unix":
         return str(bind)
     path = sock.getsockname()
@@ -252,6 +258,23 @@ def _bind_tcp(bind: Bind, name: str, backlog: int) -> Listener:
         return listener
 
 
+def _bind_udp(bind: Bind, name: str) -> Listener:
+    """No SO_REUSEADDR: with it a second server could take the port, and half of the datagrams."""
+    family, address = _resolve_host(bind, name)
+    with contextlib.ExitStack() as undo:
+        try:
+            sock = undo.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+            sock.setblocking(False)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+        except OSError as error:
+            raise HandoffError(_tcp_problem(bind, name, address, error)) from error
+        listener = Listener(name, bind, sock, backlog=0)
+        undo.pop_all()
+        return listener
+
+
 def _resolve_host(bind: Bind, name: str) -> tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]:
     try:
         # As bytes: text would import the codec "idna" just now.
@@ -275,7 +298,8 @@ def _tcp_problem(bind: Bind, name: str, address: Sequence[object], error: OSErro
     subject = f"listener {name}: {bind}"
     match error.errno:
         case errno.EADDRINUSE:
-            return f"{subject} is in use by {_holder(str(address[0]), bind.port)}; stop it or choose another port"
+            holder = _holder(bind.kind, str(address[0]), bind.port)
+            return f"{subject} is in use by {holder}; stop it or choose another port"
         case errno.EACCES if 0 < bind.port < 1024:
             return f"{subject} needs CAP_NET_BIND_SERVICE; grant it or bind a port above 1023"
         case errno.EADDRNOTAVAIL:
@@ -286,33 +310,33 @@ def _tcp_problem(bind: Bind, name: str, address: Sequence[object], error: OSErro
             return f"{subject} cannot be bound ({os.strerror(error.errno or 0)}); choose another address"
 
 
-def _holder(host: str, port: int) -> str:
+def _holder(kind: str, host: str, port: int) -> str:
     """Who listens where `host` and `port` cannot be bound, as far as we are allowed to see it."""
     unknown = "another process"
     try:
-        for connection in psutil.net_connections(kind="tcp"):
+        for connection in psutil.net_connections(kind=kind):
             local = connection.laddr
-            if connection.status != psutil.CONN_LISTEN or not local or local.port != port or not connection.pid:
+            if connection.status not in _BOUND or not local or local.port != port or not connection.pid:
                 continue
             if host in _WILDCARDS or local.ip in {host.partition("%")[0], *_WILDCARDS}:
-                holder = _eldest_holder(psutil.Process(connection.pid), port)
+                holder = _eldest_holder(psutil.Process(connection.pid), kind, port)
                 return f"{holder.name()} (pid {holder.pid})"
     except (psutil.Error, OSError, RuntimeError):
         return unknown  # /proc is hidden from us, or the holder went while we looked
     return unknown
 
 
-def _eldest_holder(holder: psutil.Process, port: int) -> psutil.Process:
+def _eldest_holder(holder: psutil.Process, kind: str, port: int) -> psutil.Process:
     """Workers have the listener from their master, and the master is whom to stop."""
     while True:
         parent = holder.parent()
         if parent is None:
             return holder
         try:
-            connections = parent.net_connections(kind="tcp")
+            connections = parent.net_connections(kind=kind)
         except psutil.Error:
             return holder
-        if port not in {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}:
+        if port not in {one.laddr.port for one in connections if one.status in _BOUND and one.laddr}:
             return holder
         holder = parent
 
@@ -435,13 +459,19 @@ def _fd_listener(bind: Bind, name: str, fd: int) -> Listener:
         raise UsageError(f"bind {bind}: is not a socket; pass a listening stream socket") from None
     try:
         is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and sock.type == socket.SOCK_STREAM
-        if not is_listening:
+        if not is_listening and not _is_bound_datagram(sock):
             raise UsageError(f"bind {bind}: is not a listening stream socket; pass one after listen(2)")
         sock.setblocking(False)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
+        if is_listening and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         sock.detach()
         raise
     # The length of the queue cannot be asked for: 0 makes the first generation set its own.
     return Listener(name, bind, sock, backlog=0, is_inherited=True)
+
+
+def _is_bound_datagram(sock: socket.socket) -> bool:
+    """A socket of UDP that has its port."""
+    is_udp = sock.type == socket.SOCK_DGRAM and sock.family in (socket.AF_INET, socket.AF_INET6)
+    return is_udp and sock.getsockname()[1] != 0

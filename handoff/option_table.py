@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from handoff.addresses import check_binds, parse_bind
+from handoff.addresses import NO_BINDS, check_binds, parse_bind
 from handoff.durations import MAX_DURATION_SECONDS, parse_duration
 from handoff.errors import UsageError
 
@@ -105,7 +105,7 @@ def _read_binds(value: Any) -> tuple[str, ...]:
                 raise ValueError(f"name {shown_value(name)}: expected letters, digits and _ . -")
             parse_bind(f"{name}={address}")
         return tuple(f"{name}={address}" for name, address in value.items())
-    return _texts(expected)(value)
+    return _texts(expected)(value) or (NO_BINDS,)
 
 
 def _read_headers(value: Any) -> tuple[tuple[str, str], ...]:
@@ -179,6 +179,10 @@ def _is_path(value: str) -> bool:
 
 def _check_binds(value: tuple[str, ...]) -> None:
     _check_length(value)
+    if value == (NO_BINDS,):
+        return
+    if NO_BINDS in value:
+        raise ValueError(f"{NO_BINDS} is no address; expected it alone, for a service without any listener")
     check_binds([parse_bind(text) for text in value])
 
 
@@ -279,7 +283,7 @@ def _check_metrics(value: str) -> None:
         bind = parse_bind(value)
     except UsageError:
         bind = None
-    if bind is None or bind.kind == "fd" or bind.name is not None:
+    if bind is None or bind.kind not in ("tcp", "unix") or bind.name is not None:
         raise ValueError(f"expected {_A_METRICS_ADDRESS}")
 
 

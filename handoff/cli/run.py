@@ -15,6 +15,7 @@ from handoff.errors import ExitCode
 from handoff.inherited import take_inherited
 from handoff.master.limits import raise_fd_limit
 from handoff.master.master import serve
+from handoff.master.parent import take_notify_address
 from handoff.resolve import clean_environment, make_launch
 from handoff.run_directory import RunDirectory, run_directory_root
 
@@ -56,7 +57,8 @@ _COMMAND = "handoff.command"
     "-b",
     multiple=True,
     metavar="[NAME=]ADDR",
-    help="HOST:PORT, [V6]:PORT, unix:PATH or fd://N; repeatable. Default 127.0.0.1:8000, or what was inherited.",
+    help="HOST:PORT, [V6]:PORT, udp:HOST:PORT, unix:PATH or fd://N; repeatable; or none. "
+    "Default 127.0.0.1:8000, or what was inherited.",
 )
 @click.option("--backlog", type=int, help="Length of the queue of connections. Default 2048.")
 @click.option("--workers", "-w", type=int, help="Number of worker processes. Default 1.")
@@ -120,6 +122,7 @@ def run(**options: Any) -> int:
         **{key: options[key] for key in _NOT_SETTINGS},
     )
     inherited = take_inherited(os.environ, os.getpid())
+    notify_address = take_notify_address(os.environ)
     raise_fd_limit()
     # Everything that was typed is judged before the service's directory is touched.
     settings = load_settings(launch, launch.directory, clean_environment(os.environ))
@@ -128,9 +131,8 @@ def run(**options: Any) -> int:
     run_directory = RunDirectory(root, settings.name, service.control_group)
     run_directory.lock()
     try:
-        ended, traceback = serve(
-            launch, service, inherited, Path(run_directory.control_socket_path), run_directory.group_id
-        )
+        control_socket = Path(run_directory.control_socket_path)
+        ended, traceback = serve(launch, service, inherited, control_socket, run_directory.group_id, notify_address)
     finally:
         run_directory.close()
     if ended.exit_code is not ExitCode.DONE:

@@ -22,6 +22,7 @@ def listener_variables(dialect: str, names: Sequence[str], addresses: Sequence[s
         found |= {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
     if dialect in ("auto", "server-starter"):
         ports = (f"{address.removeprefix('unix:')}={FIRST_FD + index}" for index, address in enumerate(addresses))
+        ports = (port for port in ports if not port.startswith("udp:"))  # it knows of streams only
         found |= {"SERVER_STARTER_PORT": ";".join(ports), "SERVER_STARTER_GENERATION": str(generation)}
     return found
 

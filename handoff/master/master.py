@@ -48,6 +48,7 @@ from handoff.master.generations import PreparedGeneration, Preparer
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.master.mailboxes import Mailboxes
+from handoff.master.parent import Parent
 from handoff.master.processes import reap_strangers
 from handoff.master.signals import SignalSocket
 from handoff.master.status import StatusDesk
@@ -73,6 +74,7 @@ def serve(
     inherited: Sequence[InheritedSocket],
     control_socket: Path,
     group_id: int | None,
+    notify_address: str | None = None,
 ) -> tuple[Exit, str]:
     """Be the master until the service has ended. Returns how, and the traceback of a first boot that failed.
 
@@ -94,7 +96,9 @@ def serve(
         stack.callback(loop.close)
         signals = SignalSocket()
         stack.callback(signals.close)
-        master = Master(preparer, first, listeners, log, loop, signals, measures=options.metrics is not None)
+        parent = Parent(notify_address, log)
+        stack.callback(parent.close)
+        master = Master(preparer, first, listeners, log, loop, signals, parent, measures=options.metrics is not None)
         if options.metrics is not None:
             stack.callback(master.serve_metrics(absolute_bind(parse_bind(options.metrics), launch.directory)))
         server = ControlServer(control_socket, group_id, loop, log, master.requested)
@@ -113,6 +117,7 @@ class Master:
         log: MasterLog,
         loop: Loop,
         signals: SignalSocket,
+        parent: Parent,
         measures: bool,
     ) -> None:
         self._preparer = preparer
@@ -122,6 +127,7 @@ class Master:
         self._log = log
         self._loop = loop
         self._signals = signals
+        self._parent = parent
         self._supervisor = Supervisor()
         self._events: deque[Event] = deque()
         self._crew = Crew(loop, log, self._events.append, measures)
@@ -164,13 +170,17 @@ class Master:
             self._handle_events()
             self._mailboxes.check(now)
             self._status.check(now)
+            self._parent.check(now)
         self._mailboxes.close()
         self._log.release()
         verdict = self._supervisor.last_verdict
         return self._exit, verdict.traceback if verdict is not None else ""
 
     def _timeout_seconds(self) -> float | None:
-        sources = (self._supervisor, self._crew, self._mailboxes, self._status, self._server, self._metrics_server)
+        sources = (
+            *(self._supervisor, self._crew, self._mailboxes, self._status, self._server, self._parent),
+            self._metrics_server,
+        )
         deadlines = [source.next_deadline() for source in sources if source is not None]
         earliest = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return None if earliest is None else max(0.0, earliest - time.monotonic())
@@ -187,6 +197,7 @@ class Master:
     def _tell_of_stop(self) -> None:
         """Workers that drain already: nobody will take their connections any more."""
         self._told_of_stop = True
+        self._parent.stopping()
         now = time.monotonic()
         for worker in self._supervisor.fleet.workers.values():
             if worker.state is WorkerState.DRAINING and worker.deadline is not None:
@@ -314,11 +325,16 @@ class Master:
             self._log.release()
             for name in self._listeners.close_unclaimed():
                 self._log.warning("an inherited socket that no bind names was closed", listener=name)
-        addresses = ", ".join(self._listeners.addresses(action.generation).values())
+        addresses = ", ".join(self._listeners.addresses(action.generation).values()) or "none"
         pins = self._generations[action.generation].pins
         self._log.info(
             "serving", name=self._name, app=pins.settings.runs, addresses=addresses, directory=pins.directory
         )
+        status = f"generation {action.generation} serves {pins.settings.runs} on {addresses}"
+        if action.previous is None:
+            self._parent.ready(status)
+        else:
+            self._parent.status(status)
 
     def _verdict(self, verdict: Verdict) -> None:
         if self._metrics is not None:
@@ -339,6 +355,8 @@ class Master:
                 self._log.release()
             level = "info" if verdict.exit_code == 0 else "warning"
             self._log.line(level, f"verdict: {verdict.message}", {"seconds": round(verdict.seconds, 3)})
+            if verdict.exit_code != 0 and self._supervisor.live is not None:
+                self._parent.status(verdict.message)
 
     def _log_transition(self, action: LogTransition) -> None:
         process = self._crew.get(action.worker) if action.worker is not None else None

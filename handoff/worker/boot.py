@@ -68,6 +68,9 @@ async def _run_http(
     application: Callable[..., Any], boot: Boot, interface: str, link: Link, claims: Claims, counters: WorkerCounters
 ) -> None:
     listeners = claims.unclaimed()
+    for name, listener in listeners.items():
+        if listener.type != socket.SOCK_STREAM:
+            raise BootFailure(f"listener {name}: is UDP, which main(worker) and commands can serve; leave the bind out")
     service = HTTPService(application, boot, interface, link, listeners, counters)
     try:
         await service.run()

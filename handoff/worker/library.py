@@ -274,6 +274,9 @@ class AsyncWorker(_Identity):
         them. The protocol's instances need a `__dict__`: their connection_made and connection_lost are watched.
         """
         sockets = {name: self.listeners[name] for name in (listeners if listeners is not None else list(self._claims))}
+        for name, listener in sockets.items():
+            if listener.type != socket.SOCK_STREAM:
+                raise ValueError(f"serve: listener {name} is UDP; give it to loop.create_datagram_endpoint(sock=…)")
         moves = makes_movable(protocol_factory)
         if not await self._ready(adopts=moves):
             return

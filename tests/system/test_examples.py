@@ -35,7 +35,7 @@ def on_free_ports(arguments: list[str]) -> list[str]:
     """The same arguments, every port replaced by 0."""
     previous = ["", *arguments[:-1]]
     pairs = zip(previous, arguments, strict=True)
-    return [one.rpartition(":")[0] + ":0" if before == "--bind" else one for before, one in pairs]
+    return [one.rpartition(":")[0] + ":0" if before == "--bind" and ":" in one else one for before, one in pairs]
 
 
 def copied(example: str, tmp_path: Path) -> Path:
@@ -60,6 +60,13 @@ def echo(port: int) -> bytes:
         return connection.recv(100)
 
 
+def echo_datagram(port: int) -> bytes:
+    with socket.socket(type=socket.SOCK_DGRAM) as client:
+        client.settimeout(60)
+        client.sendto(b"hello\n", ("127.0.0.1", port))
+        return client.recv(100)
+
+
 TALKS: dict[str, Callable[[int], bytes]] = {
     "asyncio_echo": echo,
     "chat": echo,
@@ -69,6 +76,7 @@ TALKS: dict[str, Callable[[int], bytes]] = {
     "flask_app": get,
     "hello": get,
     "metrics_port": get,
+    "udp_echo": echo_datagram,
     "websocket_counter": get,
 }
 
@@ -79,7 +87,7 @@ def test_the_written_command_serves_before_and_after_a_reload(
 ) -> None:
     copied(example, tmp_path)
     bind = None if "--bind" in arguments else "127.0.0.1:0"
-    talk = TALKS[example]
+    talk = TALKS.get(example, lambda _: b"hello")
     with Service(tmp_path, *on_free_ports(arguments), app=None, bind=bind) as service:
         first = talk(service.port)
         assert b"hello" in first.lower(), first
@@ -89,7 +97,43 @@ def test_the_written_command_serves_before_and_after_a_reload(
 
 
 def test_every_example_is_talked_to() -> None:
-    assert {file.parent.name for file in EXAMPLES.glob("*/main.py")} == set(TALKS)
+    assert {file.parent.name for file in EXAMPLES.glob("*/main.py")} == {*TALKS, "jobs"}
+
+
+def test_each_job_is_done_once_over_reloads(tmp_path: Path) -> None:
+    directory = copied("jobs", tmp_path)
+    with Service(directory, "--bind", "none", "--workers", "2", app="main:main", bind=None) as service:
+        names = [f"job-{number}" for number in range(60)]
+        for index, name in enumerate(names):
+            (directory / "new").write_text(name)
+            (directory / "new").rename(directory / "jobs" / name)
+            if index % 20 == 10:
+                assert service.ask({"type": "reload"})["exit_code"] == 0
+        wait_until(lambda: not list((directory / "jobs").iterdir()), "all jobs are taken and done")
+        assert service.status()["listeners"] == []
+    done = {file.name: file.read_text() for file in (directory / "done").iterdir()}
+    assert sorted(done) == sorted(names)
+    assert all(text.startswith(f"{name.upper()} by generation ") for name, text in done.items())
+    assert len({text.rpartition(" ")[2] for text in done.values()}) > 1
+
+
+def test_no_datagram_that_reached_the_socket_is_lost_in_reloads(tmp_path: Path) -> None:
+    directory = copied("udp_echo", tmp_path)
+    with Service(directory, "--workers", "2", app="main:main", bind="udp:127.0.0.1:0") as service:
+
+        def exchange() -> None:
+            with socket.socket(type=socket.SOCK_DGRAM) as one:
+                one.settimeout(60)
+                for number in range(20):  # none is sent again: one that is lost is missed
+                    one.sendto(b"%d" % number, ("127.0.0.1", service.port))
+                assert sorted(int(one.recv(100)) for _ in range(20)) == list(range(20))
+
+        clients = Clients(exchange, 4, 0.005)
+        with clients:
+            for _ in range(5):
+                assert service.ask({"type": "reload"})["exit_code"] == 0
+                clients.more(20)
+    clients.assert_none_failed()
 
 
 def test_no_scrape_of_the_metrics_port_is_lost_in_reloads(tmp_path: Path) -> None:

@@ -190,9 +190,9 @@ def test_what_a_command_left_behind_is_ended_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "options", "problem"),
     [
-        (["speaker.py", "exit"], (), "exited with status 3 while it was loading the model"),
+        (["speaker.py", "exit"], ("--ready-after", "1m"), "exited with status 3 while it was loading the model"),
         (["speaker.py", "hang"], ("--dialect", "systemd", "--boot-timeout", "1s"), "it was loading the model"),
-        (["-c", "import os; os.abort()"], (), "was killed by SIGABRT"),
+        (["-c", "import os; os.abort()"], ("--ready-after", "1m"), "was killed by SIGABRT"),
     ],
 )
 def test_a_command_that_does_not_come_up_is_a_verdict(
@@ -211,7 +211,9 @@ def test_a_broken_command_is_rolled_back_and_the_old_one_serves_on(tmp_path: Pat
         done = service.ask({"type": "reload"})
         assert done["exit_code"] == 3
         assert "command no-such-program: is not found in PATH" in done["message"]
-        (tmp_path / "handoff.toml").write_text(f'command = ["{sys.executable}", "speaker.py", "exit"]\n')
+        # Not ready for having lived one second, which it may need for its start.
+        text = f'command = ["{sys.executable}", "speaker.py", "exit"]\nready_after = "1m"\n'
+        (tmp_path / "handoff.toml").write_text(text)
         assert service.ask({"type": "reload"})["exit_code"] == 3
         assert service.get()[2] == b"1 default"
 

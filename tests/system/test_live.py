@@ -189,6 +189,10 @@ def test_tls_connections_finish_where_they_are(directory: Path) -> None:
             wait_until(lambda: [one["state"] for one in service.workers(1)] == ["draining"], "the old worker drains")
             (directory / "go").touch()
             status, headers, body = read_response(connection)
+            while "connection" not in headers:  # the master says "draining" when it has told the worker to
+                assert (status, body) == (200, b"1")
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+                status, headers, body = read_response(connection)
             assert (status, body, headers["connection"]) == (200, b"1", "close")
             assert connection.recv(1) == b""
         settle(service)

@@ -126,8 +126,8 @@ def test_an_ipv6_address_needs_brackets_and_to_be_one(text: str, message: str) -
         ("300.1.1.1:80", "bind 300.1.1.1:80: 300.1.1.1 is not an IPv4 address; write 127.0.0.1:8000"),
         ("127.1:80", "bind 127.1:80: 127.1 is not an IPv4 address; write 127.0.0.1:8000"),
         ("a host:80", "bind a host:80: host a host has other characters than A-Z a-z 0-9 _ . -; leave them out"),
-        ("http://x:80", "bind http://x:80: unknown scheme http; write HOST:PORT, unix:PATH or fd://N"),
-        ("w=tcp://x:80", "bind w=tcp://x:80: unknown scheme tcp; write HOST:PORT, unix:PATH or fd://N"),
+        ("http://x:80", "bind http://x:80: unknown scheme http; write HOST:PORT, udp:HOST:PORT, unix:PATH or fd://N"),
+        ("w=tcp://x:80", "bind w=tcp://x:80: unknown scheme tcp; write HOST:PORT, udp:HOST:PORT, unix:PATH or fd://N"),
         ("", "bind '': is not an address; write HOST:PORT, unix:PATH or fd://N"),
         ("a\nb:80", "bind 'a\\nb:80': is not an address; write HOST:PORT, unix:PATH or fd://N"),
     ],
@@ -197,3 +197,24 @@ def test_port_0_may_be_there_twice() -> None:
 def test_listeners_without_a_name_get_a_default_that_nobody_else_has() -> None:
     binds = [parse_bind(text) for text in (":1", "web=:2", ":3", "default-3=:4", ":5")]
     assert listener_names(binds) == ["default", "web", "default-2", "default-3", "default-4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "shown"),
+    [
+        ("udp:127.0.0.1:53", "127.0.0.1", 53, "udp:127.0.0.1:53"),
+        ("dns=udp:[::1]:53", "::1", 53, "udp:[::1]:53"),
+        ("udp://:0", "0.0.0.0", 0, "udp:0.0.0.0:0"),
+    ],
+)
+def test_datagrams_have_addresses_too(text: str, host: str, port: int, shown: str) -> None:
+    bind = parse_bind(text)
+    assert (bind.kind, bind.host, bind.port, str(bind)) == ("udp", host, port, shown)
+    assert bind.key == shown
+
+
+def test_udp_and_tcp_may_have_the_same_port() -> None:
+    check_binds([parse_bind("127.0.0.1:53"), parse_bind("udp:127.0.0.1:53")])
+    check_binds([parse_bind("udp::0"), parse_bind("udp::0")])
+    with pytest.raises(UsageError, match=r"bind udp:127\.0\.0\.1:53: is there twice; leave one out"):
+        check_binds([parse_bind("udp:127.0.0.1:53"), parse_bind("udp:127.0.0.1:53")])

@@ -506,3 +506,22 @@ def test_an_fd_that_first_appears_in_a_reload_is_refused(listeners: ListenerSet)
         assert caught.value.message == (
             f"bind fd://{own.fileno()}: was not passed when the service started; restart the service with it"
         )
+
+
+def test_a_udp_socket_is_bound_once_and_kept_over_generations(listeners: ListenerSet) -> None:
+    binds = [parse_bind("dns=udp:127.0.0.1:0"), parse_bind("127.0.0.1:0")]
+    first = listeners.acquire(1, binds, 16)
+    dns = first["dns"]
+    assert dns.socket.type == socket.SOCK_DGRAM
+    assert dns.address == f"udp:127.0.0.1:{dns.socket.getsockname()[1]}"
+    assert listeners.acquire(2, binds, 32)["dns"] is dns
+    with pytest.raises(HandoffError, match=rf"listener dns: {dns.address} is in use by .* \(pid {os.getpid()}\)"):
+        bind_listener(parse_bind(dns.address), "dns", 16)
+
+
+def test_a_udp_socket_that_was_passed_is_a_listener() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as passed:
+        passed.bind(("127.0.0.1", 0))
+        listener = bind_listener(Bind(kind="fd", fd=passed.fileno()), "dns", 16)
+        assert listener.address == f"udp:127.0.0.1:{passed.getsockname()[1]}"
+        listener.close()
