@@ -290,7 +290,7 @@ OPTIONS = {
     for option in (
         _matching("app", _is_app, "module:attribute"),
         _named("command", _read_command, _check_command),
-        _choice("dialect", "auto", "systemd", "server-starter"),
+        _choice("dialect", "auto", "systemd", "server-starter", "einhorn"),
         _duration("ready_after", is_zero_good=True),
         _matching("drain_signal", _is_drain_signal, "the name of a signal, such as TERM, QUIT or USR2"),
         _flag("factory"),

@@ -10,7 +10,7 @@ import msgspec
 Interface = Literal["auto", "asgi", "wsgi", "handoff"]
 Loop = Literal["uvloop", "asyncio"]
 LogFormat = Literal["text", "json"]
-Dialect = Literal["auto", "systemd", "server-starter"]
+Dialect = Literal["auto", "systemd", "server-starter", "einhorn"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -63,7 +63,7 @@ _COMMAND = "handoff.command"
 @click.option("--threads", type=int, help="Threads of a worker with a WSGI application. Default 10.")
 @click.option(
     "--dialect",
-    type=click.Choice(["auto", "systemd", "server-starter"]),
+    type=click.Choice(["auto", "systemd", "server-starter", "einhorn"]),
     help="How a command gets its listeners and says that it is ready. Default auto: all of them.",
 )
 @click.option("--ready-after", type=Duration(), help="A command that lives so long is ready. Default 1s, see docs.")

@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core import messages
-from handoff.core.dialects import listener_variables
+from handoff.core.dialects import Inherited, einhorn_variables, listener_variables
 from handoff.core.messages import (
     SERVED_PROTOCOLS,
     Boot,
@@ -61,9 +62,17 @@ MESSAGES_PER_TURN = 64
 class Crew:
     """Starts workers, listens to them and reaps them. Everything that happens goes to `on_event`, in order."""
 
-    def __init__(self, loop: Loop, log: MasterLog, on_event: Callable[[Event], None], measures: bool = False) -> None:
-        """`measures`: workers count requests by status and duration."""
+    def __init__(
+        self,
+        loop: Loop,
+        log: MasterLog,
+        on_event: Callable[[Event], None],
+        directory: Path,
+        measures: bool = False,
+    ) -> None:
+        """`directory`: the service's own. `measures`: workers count requests by status and duration."""
         self._loop = loop
+        self._directory = directory
         self._measures = measures
         self._log = log
         self._on_event = on_event
@@ -161,10 +170,11 @@ class Crew:
                 post_mortem = post_mortem_file()
                 undo.callback(os.close, post_mortem)
                 if pins.settings.command:
-                    foreign = ForeignWorker(action.worker, pins.settings, self._loop, self._log, self._on_event)
+                    foreign = ForeignWorker(
+                        action.worker, pins.settings, self._loop, self._log, self._on_event, self._directory
+                    )
                     undo.callback(foreign.close)
-                    channel_fd, address = theirs.fileno(), foreign.notify_address
-                    command = _foreign_command(action, pins, environment, listeners, channel_fd, address)
+                    command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign)
                 else:
                     environment |= {CHANNEL_VARIABLE: str(theirs.fileno()), POST_MORTEM_VARIABLE: str(post_mortem)}
                     more_fds = (post_mortem, mailbox_fd)
@@ -356,14 +366,15 @@ def _foreign_command(
     environment: dict[str, str],
     listeners: Mapping[str, Listener],
     channel_fd: int,
-    notify_address: str,
+    foreign: ForeignWorker,
 ) -> Command:
     """A command of any language, with its listeners and its dialect's variables."""
     settings = pins.settings
-    addresses = [listener.address for listener in listeners.values()]
-    environment |= listener_variables(settings.dialect, list(listeners), addresses, action.generation)
-    if notify_address:
-        environment["NOTIFY_SOCKET"] = notify_address
+    inherited = [Inherited(name, one.address, one.socket.family.name) for name, one in listeners.items()]
+    environment |= listener_variables(settings.dialect, inherited, action.generation)
+    environment |= einhorn_variables(settings.dialect, action.slot, os.getpid(), foreign.ack_path)
+    if foreign.notify_address:
+        environment["NOTIFY_SOCKET"] = foreign.notify_address
     fds = [listener.socket.fileno() for listener in listeners.values()]
     return Command(pins.executable, settings.command, pins.directory, environment, channel_fd, (), fds)
 

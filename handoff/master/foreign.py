@@ -8,14 +8,17 @@ import secrets
 import socket
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 from handoff.core.dialects import (
     MAXIMUM_NOTIFICATION_BYTES,
     listens_for_words,
     read_notification,
     ready_after_seconds,
+    takes_acks,
 )
 from handoff.core.vocabulary import Event, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.master.ack import AckSocket
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.settings import Settings
@@ -29,15 +32,22 @@ _EXPECTED = "expected to say READY=1 to $NOTIFY_SOCKET; for a command that canno
 
 
 class ForeignWorker:
-    """What stands in for the channel of a worker that is a command. Owns its notification socket.
+    """What stands in for the channel of a worker that is a command. Owns the sockets that it says its words to.
 
     Its life is told as the others' are: hello when the command is executed, ready by its word or after a while, and
     opened at once, since a command cannot be held back from accepting.
     """
 
     def __init__(
-        self, worker: int, settings: Settings, loop: Loop, log: MasterLog, on_event: Callable[[Event], None]
+        self,
+        worker: int,
+        settings: Settings,
+        loop: Loop,
+        log: MasterLog,
+        on_event: Callable[[Event], None],
+        directory: Path,
     ) -> None:
+        """`directory`: the service's, for sockets that have a path. Raises OSError."""
         self.worker = worker
         self.pid = 0
         self.ready_at: float | None = None
@@ -53,11 +63,30 @@ class ForeignWorker:
             # Abstract: a command that becomes another user still reaches it; who may speak its credentials tell.
             self.notify_address = f"@handoff-{secrets.token_hex(16)}"
             self._socket = _notify_socket(self.notify_address)
+        self._acks = self._ack_socket(directory) if takes_acks(settings.dialect) else None
+
+    @property
+    def ack_path(self) -> str:
+        """For EINHORN_SOCK_PATH; empty where the dialect has none."""
+        return self._acks.path if self._acks is not None else ""
+
+    def _ack_socket(self, directory: Path) -> AckSocket | None:
+        """Most commands never ack: that they could not must not keep them from starting."""
+        try:
+            return AckSocket(directory, self.worker, self._loop, self._log, self._is_of_worker, self._ready)
+        except OSError as error:
+            self._log.warning(f"no socket for acks in {directory}: {error.strerror}", worker=self.worker)
+            return None
+
+    def _is_of_worker(self, pid: int) -> bool:
+        return _is_of(pid, self.pid)
 
     def started(self, pid: int) -> None:
         self.pid = pid
         if self._socket is not None:
             self._loop.watch(self._socket, Order.CHANNEL, self._hear, on_failure=self._failed)
+        if self._acks is not None:
+            self._acks.watch()
 
     def executed(self, now: float) -> None:
         """The command runs: the channel was closed by the exec."""
@@ -84,8 +113,12 @@ class ForeignWorker:
         """What it said before it ended."""
         if self._socket is not None:
             self._hear()
+        if self._acks is not None:
+            self._acks.hear_last()
 
     def close(self) -> None:
+        if self._acks is not None:
+            self._acks.close()
         if self._socket is not None:
             if self.pid:
                 self._loop.forget(self._socket)

@@ -42,6 +42,7 @@ from handoff.core.worker import WorkerState
 from handoff.errors import HandoffError
 from handoff.inherited import InheritedSocket
 from handoff.listeners import ListenerSet
+from handoff.master.ack import remove_stale
 from handoff.master.control import ControlServer
 from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration, Preparer
@@ -94,7 +95,9 @@ def serve(
         stack.callback(loop.close)
         signals = SignalSocket()
         stack.callback(signals.close)
-        master = Master(preparer, first, listeners, log, loop, signals, measures=options.metrics is not None)
+        remove_stale(control_socket.parent)
+        measures = options.metrics is not None
+        master = Master(preparer, first, listeners, log, loop, signals, control_socket.parent, measures)
         if options.metrics is not None:
             stack.callback(master.serve_metrics(absolute_bind(parse_bind(options.metrics), launch.directory)))
         server = ControlServer(control_socket, group_id, loop, log, master.requested)
@@ -103,7 +106,7 @@ def serve(
 
 
 class Master:
-    """One service. Borrows all that it is given."""
+    """One service. Borrows all that it is given; `directory` is the service's own."""
 
     def __init__(
         self,
@@ -113,6 +116,7 @@ class Master:
         log: MasterLog,
         loop: Loop,
         signals: SignalSocket,
+        directory: Path,
         measures: bool,
     ) -> None:
         self._preparer = preparer
@@ -124,7 +128,7 @@ class Master:
         self._signals = signals
         self._supervisor = Supervisor()
         self._events: deque[Event] = deque()
-        self._crew = Crew(loop, log, self._events.append, measures)
+        self._crew = Crew(loop, log, self._events.append, directory, measures)
         self._metrics: Metrics | None = None
         self._metrics_server: MetricsServer | None = None
         self._mailboxes = Mailboxes(self._supervisor, self._crew, loop, log)

@@ -1,0 +1,62 @@
+"""The words of commands: what is read of them, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from handoff.core.dialects import EinhornCommand, Inherited, listener_variables, read_einhorn_command
+
+ACK = EinhornCommand("worker:ack", 7)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"---%0Acommand: worker:ack%0Apid: 7%0A",  # Ruby's YAML.dump, escaped by einhorn's client
+        b"--- %0Acommand: worker:ack%0Apid: 7%0A",  # Ruby 1.8
+        b"---%0Acommand:%20worker:ack%0Apid:%207",  # node-einhorn
+        b'---%0A"command": "worker:ack"%0Apid: 7%0A',
+        b'{"command":"worker:ack", "pid":7}',  # the README
+        b'{"command": "worker:ack", "pid": 7}\r',
+        b"---%0Acommand: worker:ack%0Apid: 7%0Aid: abc%0A",
+    ],
+)
+def test_an_ack_is_read_however_it_is_written(line: bytes) -> None:
+    assert read_einhorn_command(line) == ACK
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"worker:ack",
+        b"---%0Acommand: worker:ack",
+        b"---%0Acommand: worker:ack%0Apid: seven",
+        b"---%0Acommand: !ruby/object:Object {}%0Apid: 7",
+        b"---%0Acommand: &a worker:ack%0Apid: *a",
+        b"%0Acommand: worker:ack%0Apid: 7",
+        b"\xff\xfe",
+        b"[" * 1000,
+        b'{"command": ' + b"[" * 1000,
+        b'{"command": "worker:ack"}',
+        b'{"command": "worker:ack", "pid": "7"}',
+    ],
+)
+def test_what_is_no_command_is_not_read(line: bytes) -> None:
+    assert read_einhorn_command(line) is None
+
+
+def test_einhorn_is_told_of_listeners_by_number_and_family() -> None:
+    listeners = [Inherited("web", "127.0.0.1:80", "AF_INET"), Inherited("local", "unix:/a", "AF_UNIX")]
+    assert listener_variables("einhorn", listeners, 2) == {
+        "EINHORN_FD_COUNT": "2",
+        "EINHORN_FD_0": "3",
+        "EINHORN_FD_FAMILY_0": "AF_INET",
+        "EINHORN_FD_1": "4",
+        "EINHORN_FD_FAMILY_1": "AF_UNIX",
+    }
+
+
+def test_auto_speaks_all_dialects() -> None:
+    found = listener_variables("auto", [Inherited("web", "127.0.0.1:80", "AF_INET")], 2)
+    assert {"LISTEN_FDS", "SERVER_STARTER_PORT", "EINHORN_FD_COUNT"} <= set(found)
