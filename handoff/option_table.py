@@ -326,6 +326,7 @@ OPTIONS = {
         _matching("env_file", _is_path, "the path of a file"),
         _matching("run_dir", _is_path, "the path of a directory"),
         _matching("pidfile", _is_path, "the path of a file"),
+        _matching("status_file", _is_path, "the path of a file"),
         _matching("control_group", _is_path, "the name of a group"),
         _named("metrics", _text(_A_METRICS_ADDRESS), _check_metrics),
     )

@@ -14,7 +14,7 @@ from handoff.env_file import read_env_file
 from handoff.errors import HandoffError
 from handoff.settings import Launch, Pins, Settings
 
-_PATH_OVERRIDES = ("log_config", "run_dir", "pidfile")
+_PATH_OVERRIDES = ("log_config", "run_dir", "pidfile", "status_file")
 
 
 def make_launch(

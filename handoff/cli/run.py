@@ -78,6 +78,7 @@ _COMMAND = "handoff.command"
 @click.option("--label", help="Your name for the first version.")
 @click.option("--run-dir", metavar="DIR", help="Where services keep their control sockets.")
 @click.option("--pidfile", metavar="PATH", help="Locked for as long as the service runs.")
+@click.option("--status-file", metavar="PATH", help="Keeps lines GENERATION:PID of the workers that live.")
 @click.option("--control-group", metavar="GROUP", help="Members of this group may control the service, too.")
 @click.option("--metrics", metavar="ADDR", help="Answer Prometheus here: HOST:PORT or unix:PATH, path /metrics.")
 @click.option("--check", metavar="PATH", help="A new worker must answer this well before it gets clients.")

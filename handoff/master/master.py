@@ -54,6 +54,7 @@ from handoff.master.signals import SignalSocket
 from handoff.master.status import StatusDesk
 from handoff.pid_file import PidFile
 from handoff.settings import Launch
+from handoff.status_file import StatusFile
 
 if TYPE_CHECKING:
     from handoff.master.metrics import Metrics, MetricsServer
@@ -89,6 +90,10 @@ def serve(
             pid_file = PidFile(options.pidfile)
             pid_file.create()
             stack.callback(pid_file.close)
+        status_file = StatusFile(options.status_file) if options.status_file else None
+        if status_file is not None:
+            status_file.create()
+            stack.callback(status_file.close)
         log = MasterLog(first.pins.settings.log_format)
         stack.callback(log.close)
         loop = Loop()
@@ -97,7 +102,7 @@ def serve(
         stack.callback(signals.close)
         remove_stale(control_socket.parent)
         measures = options.metrics is not None
-        master = Master(preparer, first, listeners, log, loop, signals, control_socket.parent, measures)
+        master = Master(preparer, first, listeners, log, loop, signals, control_socket.parent, measures, status_file)
         if options.metrics is not None:
             stack.callback(master.serve_metrics(absolute_bind(parse_bind(options.metrics), launch.directory)))
         server = ControlServer(control_socket, group_id, loop, log, master.requested)
@@ -118,6 +123,7 @@ class Master:
         signals: SignalSocket,
         directory: Path,
         measures: bool,
+        status_file: StatusFile | None,
     ) -> None:
         self._preparer = preparer
         self._first: PreparedGeneration | None = first
@@ -131,6 +137,7 @@ class Master:
         self._crew = Crew(loop, log, self._events.append, directory, measures)
         self._metrics: Metrics | None = None
         self._metrics_server: MetricsServer | None = None
+        self._status_file = status_file
         self._mailboxes = Mailboxes(self._supervisor, self._crew, loop, log)
         self._generations: dict[int, PreparedGeneration] = {}
         """All that are not gone, and the one that a rollback goes back to."""
@@ -187,6 +194,14 @@ class Master:
                 self._act(action)
         if self._supervisor.is_stopping and not self._told_of_stop:
             self._tell_of_stop()
+        if self._status_file is not None:
+            self._write_status_file(self._status_file)
+
+    def _write_status_file(self, file: StatusFile) -> None:
+        try:
+            file.update((process.boot.generation, process.pid) for process in self._crew)
+        except OSError as error:  # the service goes on without it
+            self._log.warning(f"status file {file.path}: cannot be written ({error.strerror})")
 
     def _tell_of_stop(self) -> None:
         """Workers that drain already: nobody will take their connections any more."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,3 +180,58 @@ def test_an_ack_that_is_none_ends_only_its_connection(tmp_path: Path) -> None:
     with command(tmp_path, sys.executable, "speaker.py", options=options) as service:
         assert [one["state"] for one in service.workers()] == ["accepting"]
         assert service.stderr.text.count("an ack that is none was ignored") == 2
+
+
+# --- the status file ------------------------------------------------------------------------------------------------
+
+
+def test_the_status_file_names_the_workers_that_live(tmp_path: Path) -> None:
+    (tmp_path / "speaker.py").write_text(SPEAKER)
+    path = tmp_path / "workers.status"
+    path.write_text("7:4711\n")  # of a service that was killed
+
+    def tells_it_as_it_is() -> bool:
+        living = sorted((one["generation"], worker["pid"]) for one in groups() for worker in one["workers"])
+        return path.read_text() == "".join(f"{generation}:{pid}\n" for generation, pid in living)
+
+    def groups() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = service.status()["generations"]
+        return found
+
+    options = ("--workers", "2", "--status-file", path.name)
+    with command(tmp_path, sys.executable, "speaker.py", options=options) as service:
+        assert path.stat().st_mode & 0o777 == 0o644
+        assert tells_it_as_it_is()
+        reload(service)
+        service.wait_for_generations(2)
+        wait_until(tells_it_as_it_is, "the status file tells of the second generation")
+        os.kill(service.workers()[0]["pid"], signal.SIGKILL)
+        wait_until(lambda: tells_it_as_it_is() and path.read_text().count("\n") == 2, "and of a replacement")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["speaker.py"]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("gone/status", "does not exist; create it"),
+        (".", "is not a regular file"),
+        ("notes.txt", "holds something else"),
+        ("link", "is a symbolic link"),
+        ("notes.txt/status", "is not a directory"),
+    ],
+)
+def test_a_status_file_that_cannot_be_is_one_line_before_anything_starts(
+    tmp_path: Path, path: str, problem: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("notes.txt")
+    options = ("--status-file", path)
+    service = command(tmp_path, "sh", "-c", "touch started; sleep 1000", options=options).launch()
+    assert service.wait() == 1
+    text = service.stderr.finish()
+    assert "status file" in text
+    assert problem in text
+    assert text.count("\n") == 0
+    service.__exit__()
+    assert not (tmp_path / "started").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
