@@ -27,6 +27,7 @@ _SECONDS = {
     "keep_alive",
     "ready_after",
     "request_timeout",
+    "watchdog",
 }
 _RENAMED = {"bind": "binds", "header": "headers"}
 _NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
@@ -67,6 +68,7 @@ _COMMAND = "handoff.command"
     help="How a command gets its listeners and says that it is ready. Default auto: all of them.",
 )
 @click.option("--ready-after", type=Duration(), help="A command that lives so long is ready. Default 1s, see docs.")
+@click.option("--watchdog", type=Duration(), help="A command must say WATCHDOG=1 so often. Default never.")
 @click.option("--drain-signal", metavar="NAME", help="What asks a command to drain. Default TERM.")
 @click.option("--interface", type=click.Choice(["auto", "asgi", "wsgi", "handoff"]), help="Default auto.")
 @click.option("--loop", type=click.Choice(["uvloop", "asyncio"]), help="Default uvloop.")

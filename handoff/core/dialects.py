@@ -12,13 +12,18 @@ from typing import NamedTuple
 
 import msgspec
 
+from handoff.durations import MAX_DURATION_SECONDS
+
 FIRST_FD = 3
 MAXIMUM_NOTIFICATION_BYTES = 4096
 MAXIMUM_ACK_BYTES = 1024
 READY_AFTER_SECONDS = 1.0
 """Where a dialect has no word for it, or the command may not know it; as Server::Starter's --interval and einhorn's
 timer ack."""
+MINIMUM_WATCHDOG_SECONDS = 0.01
+"""A shorter interval is not taken from a command: it would keep the master busy."""
 _MAXIMUM_STATUS_CHARACTERS = 200
+_MICROSECONDS = re.compile(r"[0-9]{1,15}")
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 _YAML_PAIR = re.compile(r"""["']?([a-z_]{1,32})["']?:[ ]+["']?([A-Za-z0-9:_.-]{1,64})["']?""")
 
@@ -54,9 +59,9 @@ def einhorn_variables(dialect: str, slot: int, master_pid: int, ack_path: str) -
     return found | ({"EINHORN_SOCK_PATH": ack_path} if ack_path else {})
 
 
-def listens_for_words(dialect: str) -> bool:
+def listens_for_words(dialect: str, watchdog_seconds: float | None = None) -> bool:
     """The command gets a NOTIFY_SOCKET."""
-    return dialect in ("auto", "systemd")
+    return dialect in ("auto", "systemd") or watchdog_seconds is not None
 
 
 def takes_acks(dialect: str) -> bool:
@@ -77,6 +82,10 @@ class Notification(NamedTuple):
     is_ready: bool = False
     is_stopping: bool = False
     status: str | None = None
+    is_alive: bool = False
+    is_broken: bool = False
+    """WATCHDOG=trigger."""
+    watchdog_seconds: float | None = None
 
 
 def read_notification(data: bytes) -> Notification:
@@ -86,8 +95,23 @@ def read_notification(data: bytes) -> Notification:
     if status is not None:
         status = "".join(character for character in status if character.isprintable())[:_MAXIMUM_STATUS_CHARACTERS]
     return Notification(
-        is_ready=words.get("READY") == "1", is_stopping=words.get("STOPPING") == "1", status=status or None
+        is_ready=words.get("READY") == "1",
+        is_stopping=words.get("STOPPING") == "1",
+        status=status or None,
+        is_alive=words.get("WATCHDOG") == "1",
+        is_broken=words.get("WATCHDOG") == "trigger",
+        watchdog_seconds=_watchdog_seconds(words.get("WATCHDOG_USEC", "")),
     )
+
+
+def watchdog_variables(seconds: float | None) -> dict[str, str]:
+    """WATCHDOG_PID is for who executes the command to add."""
+    return {} if seconds is None else {"WATCHDOG_USEC": str(round(seconds * 1_000_000))}
+
+
+def _watchdog_seconds(text: str) -> float | None:
+    seconds = int(text) / 1_000_000 if _MICROSECONDS.fullmatch(text) else 0.0
+    return seconds if MINIMUM_WATCHDOG_SECONDS <= seconds <= MAX_DURATION_SECONDS else None
 
 
 class EinhornCommand(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core import messages
-from handoff.core.dialects import Inherited, einhorn_variables, listener_variables
+from handoff.core.dialects import Inherited, einhorn_variables, listener_variables, watchdog_variables
 from handoff.core.messages import (
     SERVED_PROTOCOLS,
     Boot,
@@ -100,9 +100,9 @@ class Crew:
         return self._counters.totals(process.boot.counters_row for process in self)
 
     def next_deadline(self) -> float | None:
-        foreign = (one.foreign.ready_at for one in self if one.foreign is not None)
-        ready = [at for at in foreign if at is not None]
-        return min((*self._closed_deadlines.values(), *self._unreaped.values(), *ready), default=None)
+        foreign = (one.foreign.next_deadline() for one in self if one.foreign is not None)
+        due = [at for at in foreign if at is not None]
+        return min((*self._closed_deadlines.values(), *self._unreaped.values(), *due), default=None)
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
@@ -373,6 +373,7 @@ def _foreign_command(
     inherited = [Inherited(name, one.address, one.socket.family.name) for name, one in listeners.items()]
     environment |= listener_variables(settings.dialect, inherited, action.generation)
     environment |= einhorn_variables(settings.dialect, action.slot, os.getpid(), foreign.ack_path)
+    environment |= watchdog_variables(settings.watchdog_seconds)
     if foreign.notify_address:
         environment["NOTIFY_SOCKET"] = foreign.notify_address
     fds = [listener.socket.fileno() for listener in listeners.values()]

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from handoff.core.dialects import (
     ready_after_seconds,
     takes_acks,
 )
-from handoff.core.vocabulary import Event, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.core.vocabulary import Event, FailedSaid, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.durations import format_duration
 from handoff.master.ack import AckSocket
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -50,7 +52,10 @@ class ForeignWorker:
         """`directory`: the service's, for sockets that have a path. Raises OSError."""
         self.worker = worker
         self.pid = 0
-        self.ready_at: float | None = None
+        self._ready_at: float | None = None
+        self._watchdog_seconds = settings.watchdog_seconds
+        self._watchdog_at: float | None = None
+        """By when it must have said WATCHDOG=1; None: not yet, not any more, or never."""
         self._ready_after = ready_after_seconds(settings.dialect, settings.ready_after_seconds)
         self._loop = loop
         self._log = log
@@ -59,7 +64,7 @@ class ForeignWorker:
         self._socket: socket.socket | None = None
         self.notify_address = ""
         """For NOTIFY_SOCKET; empty where the dialect has none."""
-        if listens_for_words(settings.dialect):
+        if listens_for_words(settings.dialect, settings.watchdog_seconds):
             # Abstract: a command that becomes another user still reaches it; who may speak its credentials tell.
             self.notify_address = f"@handoff-{secrets.token_hex(16)}"
             self._socket = _notify_socket(self.notify_address)
@@ -93,13 +98,19 @@ class ForeignWorker:
         self._on_event(HelloSaid(self.worker))
         if self._ready_after is not None:
             self._on_event(ProgressSaid(self.worker, "starting"))
-            self.ready_at = now + self._ready_after
+            self._ready_at = now + self._ready_after
         else:
             self._on_event(ProgressSaid(self.worker, _EXPECTED))
 
+    def next_deadline(self) -> float | None:
+        return min((at for at in (self._ready_at, self._watchdog_at) if at is not None), default=None)
+
     def check(self, now: float) -> None:
-        if self.ready_at is not None and self.ready_at <= now:
+        if self._ready_at is not None and self._ready_at <= now:
             self._ready()
+        if self._watchdog_at is not None and self._watchdog_at <= now:
+            assert self._watchdog_seconds is not None
+            self._broke(f"said no WATCHDOG=1 for {format_duration(self._watchdog_seconds)}")
 
     def opened(self) -> None:
         self._on_event(OpenedSaid(self.worker))
@@ -107,6 +118,7 @@ class ForeignWorker:
     def may_drain(self) -> bool:
         """True for the first time only: a second signal may mean something else to the command."""
         was, self._is_leaving = self._is_leaving, True
+        self._watchdog_at = None  # it finishes; the drain has a deadline of its own
         return not was
 
     def hear_last(self) -> None:
@@ -152,14 +164,32 @@ class ForeignWorker:
             self._on_event(ProgressSaid(self.worker, said.status))
         if said.is_ready:
             self._ready()
+        if said.is_broken and not self._is_leaving:
+            self._broke("said WATCHDOG=trigger")
+        if said.watchdog_seconds is not None and self._watchdog_seconds is not None:
+            self._watchdog_seconds = said.watchdog_seconds
+            self._wind_watchdog()
+        if said.is_alive:
+            self._wind_watchdog()
         if said.is_stopping and self._is_ready and not self._is_leaving:
             self._on_event(LeavingSaid(self.worker, "the command says that it is stopping"))
 
     def _ready(self) -> None:
-        self.ready_at = None
+        self._ready_at = None
         if not self._is_ready:
             self._is_ready = True
             self._on_event(ReadySaid(self.worker))
+            self._wind_watchdog()
+
+    def _wind_watchdog(self) -> None:
+        """From now on it has the whole interval again."""
+        if self._is_ready and not self._is_leaving and self._watchdog_seconds is not None:
+            self._watchdog_at = time.monotonic() + self._watchdog_seconds
+
+    def _broke(self, what: str) -> None:
+        self._is_leaving = True  # it is told to end once, and its drain signal is not for that
+        self._ready_at = self._watchdog_at = None
+        self._on_event(FailedSaid(self.worker, f"worker {self.worker} {what}", is_ending=False))
 
 
 def _notify_socket(address: str) -> socket.socket:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from handoff.core.dialects import EinhornCommand, Inherited, listener_variables, read_einhorn_command
+from handoff.core.dialects import EinhornCommand, Inherited, listener_variables, read_einhorn_command, read_notification
 
 ACK = EinhornCommand("worker:ack", 7)
 
@@ -60,3 +60,11 @@ def test_einhorn_is_told_of_listeners_by_number_and_family() -> None:
 def test_auto_speaks_all_dialects() -> None:
     found = listener_variables("auto", [Inherited("web", "127.0.0.1:80", "AF_INET")], 2)
     assert {"LISTEN_FDS", "SERVER_STARTER_PORT", "EINHORN_FD_COUNT"} <= set(found)
+
+
+def test_a_watchdog_is_read_within_bounds() -> None:
+    assert read_notification(b"WATCHDOG=1").is_alive
+    assert read_notification(b"WATCHDOG=trigger").is_broken
+    assert read_notification(b"WATCHDOG_USEC=2500000").watchdog_seconds == 2.5
+    for text in ("0", "-1", "1", "x", "9" * 15, "9" * 30, "2.5"):
+        assert read_notification(f"WATCHDOG_USEC={text}".encode()).watchdog_seconds is None
