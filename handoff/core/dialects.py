@@ -17,12 +17,15 @@ from handoff.durations import MAX_DURATION_SECONDS
 FIRST_FD = 3
 MAXIMUM_NOTIFICATION_BYTES = 4096
 MAXIMUM_ACK_BYTES = 1024
+DEFAULT_FD_NAME = "stored"
 READY_AFTER_SECONDS = 1.0
 """Where a dialect has no word for it, or the command may not know it; as Server::Starter's --interval and einhorn's
 timer ack."""
 MINIMUM_WATCHDOG_SECONDS = 0.01
 """A shorter interval is not taken from a command: it would keep the master busy."""
 _MAXIMUM_STATUS_CHARACTERS = 200
+_FD_NAME = re.compile(r"[ -9;-~]{1,255}")
+"""sd_notify(3): ASCII, no control characters, no colon."""
 _MICROSECONDS = re.compile(r"[0-9]{1,15}")
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 _YAML_PAIR = re.compile(r"""["']?([a-z_]{1,32})["']?:[ ]+["']?([A-Za-z0-9:_.-]{1,64})["']?""")
@@ -36,11 +39,17 @@ class Inherited(NamedTuple):
     family: str
 
 
-def listener_variables(dialect: str, listeners: Sequence[Inherited], generation: int) -> dict[str, str]:
-    """For listeners that the command finds as fds 3, 4, … LISTEN_PID is for who executes the command to add."""
+def listener_variables(
+    dialect: str, listeners: Sequence[Inherited], generation: int, stored: Sequence[str] = ()
+) -> dict[str, str]:
+    """For listeners that the command finds as fds 3, 4, … LISTEN_PID is for who executes the command to add.
+
+    `stored`: the names of the fds that follow the listeners.
+    """
     found: dict[str, str] = {}
-    if dialect in ("auto", "systemd"):
-        found |= {"LISTEN_FDS": str(len(listeners)), "LISTEN_FDNAMES": ":".join(one.name for one in listeners)}
+    if takes_stored_fds(dialect):
+        names = [*(one.name for one in listeners), *stored]
+        found |= {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
     if dialect in ("auto", "server-starter"):
         ports = (f"{one.address.removeprefix('unix:')}={FIRST_FD + at}" for at, one in enumerate(listeners))
         found |= {"SERVER_STARTER_PORT": ";".join(ports), "SERVER_STARTER_GENERATION": str(generation)}
@@ -62,6 +71,11 @@ def einhorn_variables(dialect: str, slot: int, master_pid: int, ack_path: str) -
 def listens_for_words(dialect: str, watchdog_seconds: float | None = None) -> bool:
     """The command gets a NOTIFY_SOCKET."""
     return dialect in ("auto", "systemd") or watchdog_seconds is not None
+
+
+def takes_stored_fds(dialect: str) -> bool:
+    """The command gets LISTEN_FDS, and in it what its predecessor left."""
+    return dialect in ("auto", "systemd")
 
 
 def takes_acks(dialect: str) -> bool:
@@ -86,6 +100,11 @@ class Notification(NamedTuple):
     is_broken: bool = False
     """WATCHDOG=trigger."""
     watchdog_seconds: float | None = None
+    stores_fds: bool = False
+    removes_fds: bool = False
+    fd_name: str | None = None
+    """None: it says none, or one that cannot be in LISTEN_FDNAMES."""
+    polls_fds: bool = True
 
 
 def read_notification(data: bytes) -> Notification:
@@ -101,6 +120,10 @@ def read_notification(data: bytes) -> Notification:
         is_alive=words.get("WATCHDOG") == "1",
         is_broken=words.get("WATCHDOG") == "trigger",
         watchdog_seconds=_watchdog_seconds(words.get("WATCHDOG_USEC", "")),
+        stores_fds=words.get("FDSTORE") == "1",
+        removes_fds=words.get("FDSTOREREMOVE") == "1",
+        fd_name=words["FDNAME"] if _FD_NAME.fullmatch(words.get("FDNAME", "")) else None,
+        polls_fds=words.get("FDPOLL") != "0",
     )
 
 

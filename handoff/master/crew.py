@@ -7,13 +7,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core import messages
-from handoff.core.dialects import Inherited, einhorn_variables, listener_variables, watchdog_variables
+from handoff.core.dialects import (
+    Inherited,
+    einhorn_variables,
+    listener_variables,
+    takes_stored_fds,
+    watchdog_variables,
+)
 from handoff.core.messages import (
     SERVED_PROTOCOLS,
     Boot,
@@ -43,6 +49,7 @@ from handoff.core.vocabulary import (
 )
 from handoff.counters import CounterPage
 from handoff.listeners import Listener
+from handoff.master.fd_store import FdStore
 from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -80,6 +87,7 @@ class Crew:
         self._closed_deadlines: dict[int, float] = {}
         self._unreaped: dict[int, float] = {}
         self._counters = CounterPage()
+        self._store = FdStore()
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -103,6 +111,19 @@ class Crew:
         foreign = (one.foreign.next_deadline() for one in self if one.foreign is not None)
         due = [at for at in foreign if at is not None]
         return min((*self._closed_deadlines.values(), *self._unreaped.values(), *due), default=None)
+
+    # --- what workers store -----------------------------------------------------------------------------------------
+
+    @property
+    def has_stored(self) -> bool:
+        return bool(self._store)
+
+    def keep_stored_of(self, slots: Collection[int]) -> None:
+        """Of these slots, and those that have a command, what was stored is kept; the rest is closed."""
+        self._store.keep_only({*slots, *(process.boot.slot for process in self if process.foreign is not None)})
+
+    def close(self) -> None:
+        self._store.close()
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
@@ -170,11 +191,10 @@ class Crew:
                 post_mortem = post_mortem_file()
                 undo.callback(os.close, post_mortem)
                 if pins.settings.command:
-                    foreign = ForeignWorker(
-                        action.worker, pins.settings, self._loop, self._log, self._on_event, self._directory
-                    )
+                    foreign = self._foreign_worker(action, pins)
                     undo.callback(foreign.close)
-                    command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign)
+                    stored = self._store.of(action.slot) if takes_stored_fds(pins.settings.dialect) else []
+                    command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign, stored)
                 else:
                     environment |= {CHANNEL_VARIABLE: str(theirs.fileno()), POST_MORTEM_VARIABLE: str(post_mortem)}
                     more_fds = (post_mortem, mailbox_fd)
@@ -182,6 +202,18 @@ class Crew:
                 pid, pidfd = spawn(command)
             undo.pop_all()
         return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem, foreign=foreign)
+
+    def _foreign_worker(self, action: Spawn, pins: Pins) -> ForeignWorker:
+        return ForeignWorker(
+            action.worker,
+            action.slot,
+            pins.settings,
+            self._loop,
+            self._log,
+            self._on_event,
+            self._directory,
+            self._store,
+        )
 
     def _own_command(
         self,
@@ -367,16 +399,18 @@ def _foreign_command(
     listeners: Mapping[str, Listener],
     channel_fd: int,
     foreign: ForeignWorker,
+    stored: Sequence[tuple[str, int]],
 ) -> Command:
-    """A command of any language, with its listeners and its dialect's variables."""
+    """A command of any language, with its listeners, what its predecessor stored, and its dialect's variables."""
     settings = pins.settings
     inherited = [Inherited(name, one.address, one.socket.family.name) for name, one in listeners.items()]
-    environment |= listener_variables(settings.dialect, inherited, action.generation)
+    stored_names = [name for name, _ in stored]
+    environment |= listener_variables(settings.dialect, inherited, action.generation, stored_names)
     environment |= einhorn_variables(settings.dialect, action.slot, os.getpid(), foreign.ack_path)
     environment |= watchdog_variables(settings.watchdog_seconds)
     if foreign.notify_address:
         environment["NOTIFY_SOCKET"] = foreign.notify_address
-    fds = [listener.socket.fileno() for listener in listeners.values()]
+    fds = [*(listener.socket.fileno() for listener in listeners.values()), *(fd for _, fd in stored)]
     return Command(pins.executable, settings.command, pins.directory, environment, channel_fd, (), fds)
 
 

@@ -12,15 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from handoff.core.dialects import (
+    DEFAULT_FD_NAME,
     MAXIMUM_NOTIFICATION_BYTES,
+    Notification,
     listens_for_words,
     read_notification,
     ready_after_seconds,
     takes_acks,
+    takes_stored_fds,
 )
 from handoff.core.vocabulary import Event, FailedSaid, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
 from handoff.durations import format_duration
 from handoff.master.ack import AckSocket
+from handoff.master.fd_store import MAXIMUM_STORED_FDS, FdStore
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.settings import Settings
@@ -30,6 +34,8 @@ _MAXIMUM_FDS = 253
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(_MAXIMUM_FDS * 4)
 _MAXIMUM_ANCESTORS = 64
 _DATAGRAMS_PER_TURN = 16
+_MAXIMUM_LAST_DATAGRAMS = 1024
+"""More than a queue holds (net.unix.max_dgram_qlen), unless somebody goes on to send."""
 _EXPECTED = "expected to say READY=1 to $NOTIFY_SOCKET; for a command that cannot, give --ready-after"
 
 
@@ -43,14 +49,18 @@ class ForeignWorker:
     def __init__(
         self,
         worker: int,
+        slot: int,
         settings: Settings,
         loop: Loop,
         log: MasterLog,
         on_event: Callable[[Event], None],
         directory: Path,
+        store: FdStore,
     ) -> None:
-        """`directory`: the service's, for sockets that have a path. Raises OSError."""
+        """`directory`: the service's, for sockets that have a path; `store` is borrowed. Raises OSError."""
         self.worker = worker
+        self._slot = slot
+        self._store = store if takes_stored_fds(settings.dialect) else None
         self.pid = 0
         self._ready_at: float | None = None
         self._watchdog_seconds = settings.watchdog_seconds
@@ -124,7 +134,7 @@ class ForeignWorker:
     def hear_last(self) -> None:
         """What it said before it ended."""
         if self._socket is not None:
-            self._hear()
+            self._hear(_MAXIMUM_LAST_DATAGRAMS)
         if self._acks is not None:
             self._acks.hear_last()
 
@@ -139,27 +149,34 @@ class ForeignWorker:
 
     # --- its words --------------------------------------------------------------------------------------------------
 
-    def _hear(self) -> None:
+    def _hear(self, limit: int = _DATAGRAMS_PER_TURN) -> None:
         assert self._socket is not None
-        for _ in range(_DATAGRAMS_PER_TURN):
+        for _ in range(limit):
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(
                     MAXIMUM_NOTIFICATION_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
-            sender = _take_ancillary(ancillary)
-            if _is_of(sender, self.pid):
-                self._said(data)
-            else:
-                self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+            sender, fds = _take_ancillary(ancillary)
+            try:
+                if _is_of(sender, self.pid):
+                    self._said(data, fds)
+                else:
+                    self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+            finally:
+                for fd in fds:  # also those of BARRIER=1, which waits for that
+                    os.close(fd)
 
     def _failed(self, error: Exception) -> None:
         self._log.failure(f"notifications of worker {self.worker}", error)
         self.close()
 
-    def _said(self, data: bytes) -> None:
+    def _said(self, data: bytes, fds: list[int]) -> None:
+        """What is kept of the fds is taken out of the list."""
         said = read_notification(data)
+        if self._store is not None:
+            self._keep_fds(self._store, said, fds)
         if said.status is not None and not self._is_ready:
             self._on_event(ProgressSaid(self.worker, said.status))
         if said.is_ready:
@@ -173,6 +190,18 @@ class ForeignWorker:
             self._wind_watchdog()
         if said.is_stopping and self._is_ready and not self._is_leaving:
             self._on_event(LeavingSaid(self.worker, "the command says that it is stopping"))
+
+    def _keep_fds(self, store: FdStore, said: Notification, fds: list[int]) -> None:
+        if said.removes_fds and said.fd_name is not None:
+            store.remove(self._slot, said.fd_name)
+        elif said.stores_fds:
+            taken = list(fds)
+            fds.clear()
+            refused = store.add(self._slot, said.fd_name or DEFAULT_FD_NAME, taken, said.polls_fds)
+            if refused:
+                self._log.warning(
+                    f"{refused} fds were not kept; a slot may have {MAXIMUM_STORED_FDS}", worker=self.worker
+                )
 
     def _ready(self) -> None:
         self._ready_at = None
@@ -204,18 +233,17 @@ def _notify_socket(address: str) -> socket.socket:
     return found
 
 
-def _take_ancillary(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """The sender's pid; 0: it did not say. Fds (FDSTORE=1, BARRIER=1) are closed, which a barrier waits for."""
-    sender = 0
+def _take_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, list[int]]:
+    """The sender's pid, 0: it did not say; and fds, which the caller owns."""
+    sender, fds = 0, []
     for level, kind, payload in ancillary:
         if level != socket.SOL_SOCKET:
             continue
         if kind == socket.SCM_CREDENTIALS:
             sender = _CREDENTIALS.unpack(payload[: _CREDENTIALS.size])[0]
         elif kind == socket.SCM_RIGHTS:
-            for (fd,) in struct.iter_unpack("i", payload[: len(payload) - len(payload) % 4]):
-                os.close(fd)
-    return sender
+            fds += [fd for (fd,) in struct.iter_unpack("i", payload[: len(payload) - len(payload) % 4])]
+    return sender, fds
 
 
 def _is_of(pid: int, ancestor: int) -> bool:

@@ -176,6 +176,7 @@ class Master:
             self._mailboxes.check(now)
             self._status.check(now)
         self._mailboxes.close()
+        self._crew.close()
         self._log.release()
         verdict = self._supervisor.last_verdict
         return self._exit, verdict.traceback if verdict is not None else ""
@@ -194,8 +195,19 @@ class Master:
                 self._act(action)
         if self._supervisor.is_stopping and not self._told_of_stop:
             self._tell_of_stop()
+        if self._crew.has_stored:
+            self._crew.keep_stored_of(self._slots_of_commands())
         if self._status_file is not None:
             self._write_status_file(self._status_file)
+
+    def _slots_of_commands(self) -> set[int]:
+        """The slots that have, or will have, a command in them again."""
+        found: set[int] = set()
+        for number, record in self._supervisor.fleet.generations.items():
+            prepared = self._generations.get(number)
+            if prepared is not None and prepared.pins.settings.command and record.wants_workers:
+                found |= set(range(record.workers_wanted))
+        return found
 
     def _write_status_file(self, file: StatusFile) -> None:
         try:

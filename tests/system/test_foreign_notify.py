@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.foreign import command
-from tests.system.harness import Service
+from tests.system.foreign import command, reload
+from tests.system.harness import Service, wait_until
 
 NOTIFY = """
 import array, os, signal, socket, sys, time
@@ -92,3 +93,75 @@ def test_a_watchdog_is_not_for_applications(tmp_path: Path) -> None:
     assert service.wait() == 2
     assert "watchdog: is for commands; leave it out for an application" in service.stderr.finish()
     service.__exit__()
+
+
+# --- stored fds -----------------------------------------------------------------------------------------------------
+
+STORES = """
+names = os.environ["LISTEN_FDNAMES"].split(":")
+assert len(names) == int(os.environ["LISTEN_FDS"])
+log = open("log", "a")
+if "state" in names:
+    fd = 3 + names.index("state")
+    text = os.pread(fd, 100, 0).decode()
+else:
+    fd, text = os.memfd_create("state"), ""
+os.pwrite(fd, (text + os.environ["HANDOFF_SLOT"]).encode(), 0)
+say("FDSTORE=1\\nFDNAME=state", fd, fd)
+say("FDSTORE=1\\nFDNAME=a:b", os.eventfd(0))
+say("FDSTOREREMOVE=1\\nFDNAME=" + ("stored" if "stored" in names else "none"))
+def end(*_):
+    say("FDSTORE=1\\nFDNAME=last", os.memfd_create("last"))
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+print(os.environ["HANDOFF_SLOT"], ":".join(names), text, file=log, flush=True)
+say("READY=1")
+while True:
+    signal.pause()
+"""
+
+
+def lines(directory: Path) -> list[str]:
+    return (directory / "log").read_text().splitlines()
+
+
+def test_what_a_command_stores_is_there_for_the_next_worker_in_its_slot(tmp_path: Path) -> None:
+    with command(tmp_path, *written(tmp_path, STORES), options=("--workers", "2")) as service:
+        assert sorted(lines(tmp_path)) == ["0 default ", "1 default "]
+        victim = next(one for one in service.workers() if one["slot"] == 0)
+        os.kill(victim["pid"], signal.SIGKILL)
+        wait_until(lambda: len(lines(tmp_path)) == 3, "it is replaced")
+        assert lines(tmp_path)[2] == "0 default:state:stored 0"
+        wait_until(lambda: {one["state"] for one in service.workers()} == {"accepting"}, "it accepts")
+        reload(service)
+        service.wait_for_generations(2)
+        assert sorted(lines(tmp_path)[3:]) == ["0 default:state 00", "1 default:state:stored 1"]
+        reload(service)
+        service.wait_for_generations(3)
+        assert sorted(lines(tmp_path)[5:]) == ["0 default:state:stored:last 000", "1 default:state:last 11"]
+
+
+def stored_fds(service: Service) -> int:
+    found = 0
+    for one in Path(f"/proc/{service.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the master goes on meanwhile
+            found += "memfd:state" in os.readlink(one)
+    return found
+
+
+def test_what_was_stored_is_closed_with_its_slot_and_its_kind(tmp_path: Path) -> None:
+    words = written(tmp_path, STORES)
+    (tmp_path / "handoff.toml").write_text(f'command = "{" ".join(words)}"\nworkers = 3\n')
+    with Service(tmp_path, app=None) as service:
+        assert stored_fds(service) == 3
+        assert service.ask({"type": "scale", "workers": 1})["exit_code"] == 0
+        wait_until(lambda: stored_fds(service) == 1, "those of the slots that are gone are closed")
+        for number in range(2, 5):
+            reload(service)
+            service.wait_for_generations(number)
+        assert stored_fds(service) == 1
+        (tmp_path / "app.py").write_text("async def app(scope, receive, send): ...\n")
+        (tmp_path / "handoff.toml").write_text('app = "app:app"\n')
+        reload(service)
+        service.wait_for_generations(5)
+        wait_until(lambda: stored_fds(service) == 0, "an application has no use for them")

@@ -68,3 +68,13 @@ def test_a_watchdog_is_read_within_bounds() -> None:
     assert read_notification(b"WATCHDOG_USEC=2500000").watchdog_seconds == 2.5
     for text in ("0", "-1", "1", "x", "9" * 15, "9" * 30, "2.5"):
         assert read_notification(f"WATCHDOG_USEC={text}".encode()).watchdog_seconds is None
+
+
+def test_what_is_stored_follows_the_listeners() -> None:
+    found = listener_variables("systemd", [Inherited("web", "127.0.0.1:80", "AF_INET")], 2, ["a", "stored"])
+    assert found == {"LISTEN_FDS": "3", "LISTEN_FDNAMES": "web:a:stored"}
+
+
+@pytest.mark.parametrize(("text", "name"), [("state 1", "state 1"), ("a:b", None), ("a\x01", None), ("x" * 256, None)])
+def test_the_name_of_an_fd_is_one_that_the_variable_can_hold(text: str, name: str | None) -> None:
+    assert read_notification(f"FDSTORE=1\nFDNAME={text}".encode()).fd_name == name
