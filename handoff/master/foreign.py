@@ -70,7 +70,7 @@ class ForeignWorker:
         self._loop = loop
         self._log = log
         self._on_event = on_event
-        self._is_ready = self._is_leaving = False
+        self._is_executed = self._is_ready = self._is_leaving = False
         self._socket: socket.socket | None = None
         self.notify_address = ""
         """For NOTIFY_SOCKET; empty where the dialect has none."""
@@ -104,7 +104,10 @@ class ForeignWorker:
             self._acks.watch()
 
     def executed(self, now: float) -> None:
-        """The command runs: the channel was closed by the exec."""
+        """The command runs: the channel was closed by the exec. May be told again."""
+        if self._is_executed:
+            return
+        self._is_executed = True
         self._on_event(HelloSaid(self.worker))
         if self._ready_after is not None:
             self._on_event(ProgressSaid(self.worker, "starting"))
@@ -170,6 +173,7 @@ class ForeignWorker:
 
     def _failed(self, error: Exception) -> None:
         self._log.failure(f"notifications of worker {self.worker}", error)
+        self._watchdog_seconds = self._watchdog_at = None  # it cannot be heard any more
         self.close()
 
     def _said(self, data: bytes, fds: list[int]) -> None:
@@ -206,6 +210,8 @@ class ForeignWorker:
     def _ready(self) -> None:
         self._ready_at = None
         if not self._is_ready:
+            self.executed(time.monotonic())  # what speaks runs, even where the channel's end was not read yet
+            self._ready_at = None
             self._is_ready = True
             self._on_event(ReadySaid(self.worker))
             self._wind_watchdog()

@@ -235,3 +235,13 @@ def test_a_status_file_that_cannot_be_is_one_line_before_anything_starts(
     service.__exit__()
     assert not (tmp_path / "started").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_sockets_for_acks_of_a_master_that_was_killed_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(WAITS)
+    options = ("--dialect", "einhorn", "--ready-after", "50ms")
+    service = command(tmp_path, sys.executable, "waits.py", options=options)
+    (service.run_dir / "web").mkdir(parents=True, mode=0o700)
+    (service.run_dir / "web" / "ack-77").touch()
+    with service:
+        assert [one.name for one in (service.run_dir / "web").glob("ack-*")] == ["ack-1"]
