@@ -37,6 +37,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     run_dir: str | None = None
     pidfile: str | None = None
+    status_file: str | None = None
     control_group: str | None = None
     metrics: str | None = None
     """An address, a relative path of a unix socket as typed."""
@@ -67,7 +68,7 @@ def load_service_options(launch: Launch, directory: str) -> ServiceOptions:
     values: dict[str, Any] = {}
     for key in ServiceOptions.__struct_fields__:
         value = _value_of(config, launch, key)
-        if value is not None and key in ("run_dir", "pidfile"):
+        if value is not None and key in ("run_dir", "pidfile", "status_file"):
             value = os.path.join(launch.directory, value)
         values[key] = value
     return ServiceOptions(**values)

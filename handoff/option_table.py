@@ -294,8 +294,9 @@ OPTIONS = {
     for option in (
         _matching("app", _is_app, "module:attribute"),
         _named("command", _read_command, _check_command),
-        _choice("dialect", "auto", "systemd", "server-starter"),
+        _choice("dialect", "auto", "systemd", "server-starter", "einhorn"),
         _duration("ready_after", is_zero_good=True),
+        _duration("watchdog", is_zero_good=False),
         _matching("drain_signal", _is_drain_signal, "the name of a signal, such as TERM, QUIT or USR2"),
         _flag("factory"),
         _named("bind", _read_binds, _check_binds, "binds"),
@@ -330,11 +331,12 @@ OPTIONS = {
         _matching("env_file", _is_path, "the path of a file"),
         _matching("run_dir", _is_path, "the path of a directory"),
         _matching("pidfile", _is_path, "the path of a file"),
+        _matching("status_file", _is_path, "the path of a file"),
         _matching("control_group", _is_path, "the name of a group"),
         _named("metrics", _text(_A_METRICS_ADDRESS), _check_metrics),
     )
 }
-ONLY_FOR_COMMANDS = ("dialect", "ready_after_seconds", "drain_signal")
+ONLY_FOR_COMMANDS = ("dialect", "ready_after_seconds", "watchdog_seconds", "drain_signal")
 ONLY_FOR_APPLICATIONS = (
     *("factory", "threads", "interface", "loop", "check", "warm_up", "keep_alive_seconds", "request_timeout_seconds"),
     *("limit_concurrency", "forwarded_allow_ips", "root_path", "headers", "access_log", "websockets", "log_config"),

@@ -14,7 +14,7 @@ from handoff.env_file import read_env_file
 from handoff.errors import HandoffError
 from handoff.settings import Launch, Pins, Settings
 
-_PATH_OVERRIDES = ("log_config", "run_dir", "pidfile")
+_PATH_OVERRIDES = ("log_config", "run_dir", "pidfile", "status_file")
 
 
 def make_launch(
@@ -48,11 +48,12 @@ def make_launch(
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what was meant for us alone: LISTEN_*, NOTIFY_SOCKET, HANDOFF_*."""
+    """The environment without what was meant for us alone: LISTEN_*, NOTIFY_SOCKET, HANDOFF_*, EINHORN_*, WATCHDOG_…"""
     return {
         key: value
         for key, value in environ.items()
-        if not key.startswith(("LISTEN_", "HANDOFF_")) and key != "NOTIFY_SOCKET"
+        if not key.startswith(("LISTEN_", "HANDOFF_", "EINHORN_"))
+        and key not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
     }
 
 

@@ -10,7 +10,7 @@ import msgspec
 Interface = Literal["auto", "asgi", "wsgi", "handoff"]
 Loop = Literal["uvloop", "asyncio"]
 LogFormat = Literal["text", "json"]
-Dialect = Literal["auto", "systemd", "server-starter"]
+Dialect = Literal["auto", "systemd", "server-starter", "einhorn"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,6 +26,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dialect: Dialect = "auto"
     ready_after_seconds: float | None = None
     """A command that lives this long counts as ready; None: as its dialect has it."""
+    watchdog_seconds: float | None = None
+    """A command must say WATCHDOG=1 within so long, again and again."""
     drain_signal: str = "TERM"
     """What asks a command to drain."""
     factory: bool = False

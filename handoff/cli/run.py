@@ -28,6 +28,7 @@ _SECONDS = {
     "keep_alive",
     "ready_after",
     "request_timeout",
+    "watchdog",
 }
 _RENAMED = {"bind": "binds", "header": "headers"}
 _NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
@@ -65,10 +66,11 @@ _COMMAND = "handoff.command"
 @click.option("--threads", type=int, help="Threads of a worker with a WSGI application. Default 10.")
 @click.option(
     "--dialect",
-    type=click.Choice(["auto", "systemd", "server-starter"]),
+    type=click.Choice(["auto", "systemd", "server-starter", "einhorn"]),
     help="How a command gets its listeners and says that it is ready. Default auto: all of them.",
 )
 @click.option("--ready-after", type=Duration(), help="A command that lives so long is ready. Default 1s, see docs.")
+@click.option("--watchdog", type=Duration(), help="A command must say WATCHDOG=1 so often. Default never.")
 @click.option("--drain-signal", metavar="NAME", help="What asks a command to drain. Default TERM.")
 @click.option("--interface", type=click.Choice(["auto", "asgi", "wsgi", "handoff"]), help="Default auto.")
 @click.option("--loop", type=click.Choice(["uvloop", "asyncio"]), help="Default uvloop.")
@@ -80,6 +82,7 @@ _COMMAND = "handoff.command"
 @click.option("--label", help="Your name for the first version.")
 @click.option("--run-dir", metavar="DIR", help="Where services keep their control sockets.")
 @click.option("--pidfile", metavar="PATH", help="Locked for as long as the service runs.")
+@click.option("--status-file", metavar="PATH", help="Keeps lines GENERATION:PID of the workers that live.")
 @click.option("--control-group", metavar="GROUP", help="Members of this group may control the service, too.")
 @click.option("--metrics", metavar="ADDR", help="Answer Prometheus here: HOST:PORT or unix:PATH, path /metrics.")
 @click.option("--check", metavar="PATH", help="A new worker must answer this well before it gets clients.")

@@ -98,6 +98,11 @@ class GenerationRecord:
         return self.state in STARTING_STATES
 
     @property
+    def wants_workers(self) -> bool:
+        """A worker of it that is missing is, or will be, started."""
+        return self.is_starting or self.state is GenerationState.LIVE
+
+    @property
     def wave(self) -> int:
         """How many workers must be ready before the commit."""
         assert self.timings is not None

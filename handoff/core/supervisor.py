@@ -142,7 +142,7 @@ class Supervisor:
                 case FailedSaid():
                     if worker.fills_slot:  # of one that is on its way out the first reason counts
                         worker.failure, worker.traceback = event.reason, event.traceback
-                    if worker.state in MAY_HOLD_CONNECTIONS:
+                    if worker.state in MAY_HOLD_CONNECTIONS or not event.is_ending:
                         self.fleet.stop(worker, now, event.reason)
                     else:
                         self.fleet.expect_exit(worker, now, event.reason)

@@ -90,6 +90,8 @@ class FailedSaid:
     worker: int
     reason: str
     traceback: str = ""
+    is_ending: bool = True
+    """It ends by itself; else it must be told to."""
 
 
 @dataclass(slots=True, frozen=True)

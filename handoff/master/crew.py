@@ -7,12 +7,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core import messages
-from handoff.core.dialects import listener_variables
+from handoff.core.dialects import (
+    Inherited,
+    einhorn_variables,
+    listener_variables,
+    takes_stored_fds,
+    watchdog_variables,
+)
 from handoff.core.messages import (
     SERVED_PROTOCOLS,
     Boot,
@@ -42,6 +49,7 @@ from handoff.core.vocabulary import (
 )
 from handoff.counters import CounterPage
 from handoff.listeners import Listener
+from handoff.master.fd_store import FdStore
 from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -61,9 +69,17 @@ MESSAGES_PER_TURN = 64
 class Crew:
     """Starts workers, listens to them and reaps them. Everything that happens goes to `on_event`, in order."""
 
-    def __init__(self, loop: Loop, log: MasterLog, on_event: Callable[[Event], None], measures: bool = False) -> None:
-        """`measures`: workers count requests by status and duration."""
+    def __init__(
+        self,
+        loop: Loop,
+        log: MasterLog,
+        on_event: Callable[[Event], None],
+        directory: Path,
+        measures: bool = False,
+    ) -> None:
+        """`directory`: the service's own. `measures`: workers count requests by status and duration."""
         self._loop = loop
+        self._directory = directory
         self._measures = measures
         self._log = log
         self._on_event = on_event
@@ -71,6 +87,7 @@ class Crew:
         self._closed_deadlines: dict[int, float] = {}
         self._unreaped: dict[int, float] = {}
         self._counters = CounterPage()
+        self._store = FdStore()
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -91,9 +108,22 @@ class Crew:
         return self._counters.totals(process.boot.counters_row for process in self)
 
     def next_deadline(self) -> float | None:
-        foreign = (one.foreign.ready_at for one in self if one.foreign is not None)
-        ready = [at for at in foreign if at is not None]
-        return min((*self._closed_deadlines.values(), *self._unreaped.values(), *ready), default=None)
+        foreign = (one.foreign.next_deadline() for one in self if one.foreign is not None)
+        due = [at for at in foreign if at is not None]
+        return min((*self._closed_deadlines.values(), *self._unreaped.values(), *due), default=None)
+
+    # --- what workers store -----------------------------------------------------------------------------------------
+
+    @property
+    def has_stored(self) -> bool:
+        return bool(self._store)
+
+    def keep_stored_of(self, slots: Collection[int]) -> None:
+        """Of these slots, and those that have a command, what was stored is kept; the rest is closed."""
+        self._store.keep_only({*slots, *(process.boot.slot for process in self if process.foreign is not None)})
+
+    def close(self) -> None:
+        self._store.close()
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
@@ -161,10 +191,10 @@ class Crew:
                 post_mortem = post_mortem_file()
                 undo.callback(os.close, post_mortem)
                 if pins.settings.command:
-                    foreign = ForeignWorker(action.worker, pins.settings, self._loop, self._log, self._on_event)
+                    foreign = self._foreign_worker(action, pins)
                     undo.callback(foreign.close)
-                    channel_fd, address = theirs.fileno(), foreign.notify_address
-                    command = _foreign_command(action, pins, environment, listeners, channel_fd, address)
+                    stored = self._store.of(action.slot) if takes_stored_fds(pins.settings.dialect) else []
+                    command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign, stored)
                 else:
                     environment |= {CHANNEL_VARIABLE: str(theirs.fileno()), POST_MORTEM_VARIABLE: str(post_mortem)}
                     more_fds = (post_mortem, mailbox_fd)
@@ -172,6 +202,18 @@ class Crew:
                 pid, pidfd = spawn(command)
             undo.pop_all()
         return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem, foreign=foreign)
+
+    def _foreign_worker(self, action: Spawn, pins: Pins) -> ForeignWorker:
+        return ForeignWorker(
+            action.worker,
+            action.slot,
+            pins.settings,
+            self._loop,
+            self._log,
+            self._on_event,
+            self._directory,
+            self._store,
+        )
 
     def _own_command(
         self,
@@ -356,15 +398,19 @@ def _foreign_command(
     environment: dict[str, str],
     listeners: Mapping[str, Listener],
     channel_fd: int,
-    notify_address: str,
+    foreign: ForeignWorker,
+    stored: Sequence[tuple[str, int]],
 ) -> Command:
-    """A command of any language, with its listeners and its dialect's variables."""
+    """A command of any language, with its listeners, what its predecessor stored, and its dialect's variables."""
     settings = pins.settings
-    addresses = [listener.address for listener in listeners.values()]
-    environment |= listener_variables(settings.dialect, list(listeners), addresses, action.generation)
-    if notify_address:
-        environment["NOTIFY_SOCKET"] = notify_address
-    fds = [listener.socket.fileno() for listener in listeners.values()]
+    inherited = [Inherited(name, one.address, one.socket.family.name) for name, one in listeners.items()]
+    stored_names = [name for name, _ in stored]
+    environment |= listener_variables(settings.dialect, inherited, action.generation, stored_names)
+    environment |= einhorn_variables(settings.dialect, action.slot, os.getpid(), foreign.ack_path)
+    environment |= watchdog_variables(settings.watchdog_seconds)
+    if foreign.notify_address:
+        environment["NOTIFY_SOCKET"] = foreign.notify_address
+    fds = [*(listener.socket.fileno() for listener in listeners.values()), *(fd for _, fd in stored)]
     return Command(pins.executable, settings.command, pins.directory, environment, channel_fd, (), fds)
 
 

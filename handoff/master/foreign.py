@@ -7,15 +7,24 @@ import os
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from handoff.core.dialects import (
+    DEFAULT_FD_NAME,
     MAXIMUM_NOTIFICATION_BYTES,
+    Notification,
     listens_for_words,
     read_notification,
     ready_after_seconds,
+    takes_acks,
+    takes_stored_fds,
 )
-from handoff.core.vocabulary import Event, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.core.vocabulary import Event, FailedSaid, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.durations import format_duration
+from handoff.master.ack import AckSocket
+from handoff.master.fd_store import MAXIMUM_STORED_FDS, FdStore
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.settings import Settings
@@ -25,52 +34,96 @@ _MAXIMUM_FDS = 253
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(_MAXIMUM_FDS * 4)
 _MAXIMUM_ANCESTORS = 64
 _DATAGRAMS_PER_TURN = 16
+_MAXIMUM_LAST_DATAGRAMS = 1024
+"""More than a queue holds (net.unix.max_dgram_qlen), unless somebody goes on to send."""
 _EXPECTED = "expected to say READY=1 to $NOTIFY_SOCKET; for a command that cannot, give --ready-after"
 
 
 class ForeignWorker:
-    """What stands in for the channel of a worker that is a command. Owns its notification socket.
+    """What stands in for the channel of a worker that is a command. Owns the sockets that it says its words to.
 
     Its life is told as the others' are: hello when the command is executed, ready by its word or after a while, and
     opened at once, since a command cannot be held back from accepting.
     """
 
     def __init__(
-        self, worker: int, settings: Settings, loop: Loop, log: MasterLog, on_event: Callable[[Event], None]
+        self,
+        worker: int,
+        slot: int,
+        settings: Settings,
+        loop: Loop,
+        log: MasterLog,
+        on_event: Callable[[Event], None],
+        directory: Path,
+        store: FdStore,
     ) -> None:
+        """`directory`: the service's, for sockets that have a path; `store` is borrowed. Raises OSError."""
         self.worker = worker
+        self._slot = slot
+        self._store = store if takes_stored_fds(settings.dialect) else None
         self.pid = 0
-        self.ready_at: float | None = None
+        self._ready_at: float | None = None
+        self._watchdog_seconds = settings.watchdog_seconds
+        self._watchdog_at: float | None = None
+        """By when it must have said WATCHDOG=1; None: not yet, not any more, or never."""
         self._ready_after = ready_after_seconds(settings.dialect, settings.ready_after_seconds)
         self._loop = loop
         self._log = log
         self._on_event = on_event
-        self._is_ready = self._is_leaving = False
+        self._is_executed = self._is_ready = self._is_leaving = False
         self._socket: socket.socket | None = None
         self.notify_address = ""
         """For NOTIFY_SOCKET; empty where the dialect has none."""
-        if listens_for_words(settings.dialect):
+        if listens_for_words(settings.dialect, settings.watchdog_seconds):
             # Abstract: a command that becomes another user still reaches it; who may speak its credentials tell.
             self.notify_address = f"@handoff-{secrets.token_hex(16)}"
             self._socket = _notify_socket(self.notify_address)
+        self._acks = self._ack_socket(directory) if takes_acks(settings.dialect) else None
+
+    @property
+    def ack_path(self) -> str:
+        """For EINHORN_SOCK_PATH; empty where the dialect has none."""
+        return self._acks.path if self._acks is not None else ""
+
+    def _ack_socket(self, directory: Path) -> AckSocket | None:
+        """Most commands never ack: that they could not must not keep them from starting."""
+        try:
+            return AckSocket(directory, self.worker, self._loop, self._log, self._is_of_worker, self._ready)
+        except OSError as error:
+            self._log.warning(f"no socket for acks in {directory}: {error.strerror}", worker=self.worker)
+            return None
+
+    def _is_of_worker(self, pid: int) -> bool:
+        return _is_of(pid, self.pid)
 
     def started(self, pid: int) -> None:
         self.pid = pid
         if self._socket is not None:
             self._loop.watch(self._socket, Order.CHANNEL, self._hear, on_failure=self._failed)
+        if self._acks is not None:
+            self._acks.watch()
 
     def executed(self, now: float) -> None:
-        """The command runs: the channel was closed by the exec."""
+        """The command runs: the channel was closed by the exec. May be told again."""
+        if self._is_executed:
+            return
+        self._is_executed = True
         self._on_event(HelloSaid(self.worker))
         if self._ready_after is not None:
             self._on_event(ProgressSaid(self.worker, "starting"))
-            self.ready_at = now + self._ready_after
+            self._ready_at = now + self._ready_after
         else:
             self._on_event(ProgressSaid(self.worker, _EXPECTED))
 
+    def next_deadline(self) -> float | None:
+        return min((at for at in (self._ready_at, self._watchdog_at) if at is not None), default=None)
+
     def check(self, now: float) -> None:
-        if self.ready_at is not None and self.ready_at <= now:
+        if self._ready_at is not None and self._ready_at <= now:
             self._ready()
+        if self._watchdog_at is not None and self._watchdog_at <= now:
+            assert self._watchdog_seconds is not None
+            self._broke(f"said no WATCHDOG=1 for {format_duration(self._watchdog_seconds)}")
 
     def opened(self) -> None:
         self._on_event(OpenedSaid(self.worker))
@@ -78,14 +131,19 @@ class ForeignWorker:
     def may_drain(self) -> bool:
         """True for the first time only: a second signal may mean something else to the command."""
         was, self._is_leaving = self._is_leaving, True
+        self._watchdog_at = None  # it finishes; the drain has a deadline of its own
         return not was
 
     def hear_last(self) -> None:
         """What it said before it ended."""
         if self._socket is not None:
-            self._hear()
+            self._hear(_MAXIMUM_LAST_DATAGRAMS)
+        if self._acks is not None:
+            self._acks.hear_last()
 
     def close(self) -> None:
+        if self._acks is not None:
+            self._acks.close()
         if self._socket is not None:
             if self.pid:
                 self._loop.forget(self._socket)
@@ -94,39 +152,79 @@ class ForeignWorker:
 
     # --- its words --------------------------------------------------------------------------------------------------
 
-    def _hear(self) -> None:
+    def _hear(self, limit: int = _DATAGRAMS_PER_TURN) -> None:
         assert self._socket is not None
-        for _ in range(_DATAGRAMS_PER_TURN):
+        for _ in range(limit):
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(
                     MAXIMUM_NOTIFICATION_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
-            sender = _take_ancillary(ancillary)
-            if _is_of(sender, self.pid):
-                self._said(data)
-            else:
-                self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+            sender, fds = _take_ancillary(ancillary)
+            try:
+                if _is_of(sender, self.pid):
+                    self._said(data, fds)
+                else:
+                    self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+            finally:
+                for fd in fds:  # also those of BARRIER=1, which waits for that
+                    os.close(fd)
 
     def _failed(self, error: Exception) -> None:
         self._log.failure(f"notifications of worker {self.worker}", error)
+        self._watchdog_seconds = self._watchdog_at = None  # it cannot be heard any more
         self.close()
 
-    def _said(self, data: bytes) -> None:
+    def _said(self, data: bytes, fds: list[int]) -> None:
+        """What is kept of the fds is taken out of the list."""
         said = read_notification(data)
+        if self._store is not None:
+            self._keep_fds(self._store, said, fds)
         if said.status is not None and not self._is_ready:
             self._on_event(ProgressSaid(self.worker, said.status))
         if said.is_ready:
             self._ready()
+        if said.is_broken and not self._is_leaving:
+            self._broke("said WATCHDOG=trigger")
+        if said.watchdog_seconds is not None and self._watchdog_seconds is not None:
+            self._watchdog_seconds = said.watchdog_seconds
+            self._wind_watchdog()
+        if said.is_alive:
+            self._wind_watchdog()
         if said.is_stopping and self._is_ready and not self._is_leaving:
             self._on_event(LeavingSaid(self.worker, "the command says that it is stopping"))
 
+    def _keep_fds(self, store: FdStore, said: Notification, fds: list[int]) -> None:
+        if said.removes_fds and said.fd_name is not None:
+            store.remove(self._slot, said.fd_name)
+        elif said.stores_fds:
+            taken = list(fds)
+            fds.clear()
+            refused = store.add(self._slot, said.fd_name or DEFAULT_FD_NAME, taken, said.polls_fds)
+            if refused:
+                self._log.warning(
+                    f"{refused} fds were not kept; a slot may have {MAXIMUM_STORED_FDS}", worker=self.worker
+                )
+
     def _ready(self) -> None:
-        self.ready_at = None
+        self._ready_at = None
         if not self._is_ready:
+            self.executed(time.monotonic())  # what speaks runs, even where the channel's end was not read yet
+            self._ready_at = None
             self._is_ready = True
             self._on_event(ReadySaid(self.worker))
+            self._wind_watchdog()
+
+    def _wind_watchdog(self) -> None:
+        """From now on it has the whole interval again."""
+        if self._is_ready and not self._is_leaving and self._watchdog_seconds is not None:
+            self._watchdog_at = time.monotonic() + self._watchdog_seconds
+
+    def _broke(self, what: str) -> None:
+        self._is_leaving = True  # it is told to end once, and its drain signal is not for that
+        self._ready_at = self._watchdog_at = None
+        self._on_event(FailedSaid(self.worker, f"worker {self.worker} {what}", is_ending=False))
 
 
 def _notify_socket(address: str) -> socket.socket:
@@ -141,18 +239,17 @@ def _notify_socket(address: str) -> socket.socket:
     return found
 
 
-def _take_ancillary(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """The sender's pid; 0: it did not say. Fds (FDSTORE=1, BARRIER=1) are closed, which a barrier waits for."""
-    sender = 0
+def _take_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, list[int]]:
+    """The sender's pid, 0: it did not say; and fds, which the caller owns."""
+    sender, fds = 0, []
     for level, kind, payload in ancillary:
         if level != socket.SOL_SOCKET:
             continue
         if kind == socket.SCM_CREDENTIALS:
             sender = _CREDENTIALS.unpack(payload[: _CREDENTIALS.size])[0]
         elif kind == socket.SCM_RIGHTS:
-            for (fd,) in struct.iter_unpack("i", payload[: len(payload) - len(payload) % 4]):
-                os.close(fd)
-    return sender
+            fds += [fd for (fd,) in struct.iter_unpack("i", payload[: len(payload) - len(payload) % 4])]
+    return sender, fds
 
 
 def _is_of(pid: int, ancestor: int) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
@@ -42,6 +43,7 @@ from handoff.core.worker import WorkerState
 from handoff.errors import HandoffError
 from handoff.inherited import InheritedSocket
 from handoff.listeners import ListenerSet
+from handoff.master.ack import remove_stale
 from handoff.master.control import ControlServer
 from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration, Preparer
@@ -54,6 +56,7 @@ from handoff.master.signals import SignalSocket
 from handoff.master.status import StatusDesk
 from handoff.pid_file import PidFile
 from handoff.settings import Launch
+from handoff.status_file import StatusFile
 
 if TYPE_CHECKING:
     from handoff.master.metrics import Metrics, MetricsServer
@@ -90,15 +93,24 @@ def serve(
             pid_file = PidFile(options.pidfile)
             pid_file.create()
             stack.callback(pid_file.close)
+        status_file = StatusFile(options.status_file) if options.status_file else None
+        if status_file is not None:
+            status_file.create()
+            stack.callback(status_file.close)
         log = MasterLog(first.pins.settings.log_format)
         stack.callback(log.close)
         loop = Loop()
         stack.callback(loop.close)
         signals = SignalSocket()
         stack.callback(signals.close)
+        remove_stale(control_socket.parent)
         parent = Parent(notify_address, log)
         stack.callback(parent.close)
-        master = Master(preparer, first, listeners, log, loop, signals, parent, measures=options.metrics is not None)
+        measures = options.metrics is not None
+        given = Given(
+            preparer, first, listeners, log, loop, signals, parent, control_socket.parent, measures, status_file
+        )
+        master = Master(given)
         if options.metrics is not None:
             stack.callback(master.serve_metrics(absolute_bind(parse_bind(options.metrics), launch.directory)))
         server = ControlServer(control_socket, group_id, loop, log, master.requested)
@@ -106,34 +118,41 @@ def serve(
         return master.run(server)
 
 
-class Master:
-    """One service. Borrows all that it is given."""
+@dataclass(slots=True, frozen=True)
+class Given:
+    """What a master works with, all of it borrowed. `directory` is the service's own."""
 
-    def __init__(
-        self,
-        preparer: Preparer,
-        first: PreparedGeneration,
-        listeners: ListenerSet,
-        log: MasterLog,
-        loop: Loop,
-        signals: SignalSocket,
-        parent: Parent,
-        measures: bool,
-    ) -> None:
-        self._preparer = preparer
-        self._first: PreparedGeneration | None = first
-        self._name = first.pins.settings.name
-        self._listeners = listeners
-        self._log = log
-        self._loop = loop
-        self._signals = signals
-        self._parent = parent
+    preparer: Preparer
+    first: PreparedGeneration
+    listeners: ListenerSet
+    log: MasterLog
+    loop: Loop
+    signals: SignalSocket
+    parent: Parent
+    directory: Path
+    measures: bool
+    status_file: StatusFile | None
+
+
+class Master:
+    """One service."""
+
+    def __init__(self, given: Given) -> None:
+        self._preparer = given.preparer
+        self._first: PreparedGeneration | None = given.first
+        self._name = given.first.pins.settings.name
+        self._listeners = given.listeners
+        self._log = given.log
+        self._loop = given.loop
+        self._signals = given.signals
+        self._parent = given.parent
         self._supervisor = Supervisor()
         self._events: deque[Event] = deque()
-        self._crew = Crew(loop, log, self._events.append, measures)
+        self._crew = Crew(self._loop, self._log, self._events.append, given.directory, given.measures)
         self._metrics: Metrics | None = None
         self._metrics_server: MetricsServer | None = None
-        self._mailboxes = Mailboxes(self._supervisor, self._crew, loop, log)
+        self._status_file = given.status_file
+        self._mailboxes = Mailboxes(self._supervisor, self._crew, self._loop, self._log)
         self._generations: dict[int, PreparedGeneration] = {}
         """All that are not gone, and the one that a rollback goes back to."""
         self._exit: Exit | None = None
@@ -172,6 +191,7 @@ class Master:
             self._status.check(now)
             self._parent.check(now)
         self._mailboxes.close()
+        self._crew.close()
         self._log.release()
         verdict = self._supervisor.last_verdict
         return self._exit, verdict.traceback if verdict is not None else ""
@@ -193,6 +213,25 @@ class Master:
                 self._act(action)
         if self._supervisor.is_stopping and not self._told_of_stop:
             self._tell_of_stop()
+        if self._crew.has_stored:
+            self._crew.keep_stored_of(self._slots_of_commands())
+        if self._status_file is not None:
+            self._write_status_file(self._status_file)
+
+    def _slots_of_commands(self) -> set[int]:
+        """The slots that have, or will have, a command in them again."""
+        found: set[int] = set()
+        for number, record in self._supervisor.fleet.generations.items():
+            prepared = self._generations.get(number)
+            if prepared is not None and prepared.pins.settings.command and record.wants_workers:
+                found |= set(range(record.workers_wanted))
+        return found
+
+    def _write_status_file(self, file: StatusFile) -> None:
+        try:
+            file.update((process.boot.generation, process.pid) for process in self._crew)
+        except OSError as error:  # the service goes on without it
+            self._log.warning(f"status file {file.path}: cannot be written ({error.strerror})")
 
     def _tell_of_stop(self) -> None:
         """Workers that drain already: nobody will take their connections any more."""

@@ -75,6 +75,8 @@ def _become(command: Command) -> NoReturn:
             command = command._replace(channel_fd=_place(command.listen_fds, command.channel_fd))
             if "LISTEN_FDS" in environment:
                 environment["LISTEN_PID"] = str(os.getpid())
+            if "WATCHDOG_USEC" in environment:
+                environment["WATCHDOG_PID"] = str(os.getpid())
         os.execve(command.executable, list(command.arguments), environment)
     except BaseException as error:
         _report(command, error)

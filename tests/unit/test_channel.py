@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -383,7 +384,8 @@ class HeardCrew:
     def __init__(self) -> None:
         self.events: list[object] = []
         self.loop = Loop()
-        self.crew = Crew(self.loop, MasterLog(fd=os.open(os.devnull, os.O_WRONLY)), self.events.append)
+        log = MasterLog(fd=os.open(os.devnull, os.O_WRONLY))
+        self.crew = Crew(self.loop, log, self.events.append, Path(os.devnull))
         ours, theirs = channel_pair()
         boot = FROM_MASTER[0]
         assert isinstance(boot, Boot)

@@ -173,6 +173,15 @@ def test_a_first_boot_that_fails_ends_the_master_with_its_reason() -> None:
     assert of(world.actions, Verdict)[-1].traceback == "Traceback …"
 
 
+@pytest.mark.parametrize(("is_ending", "signals"), [(True, []), (False, [Signal.TERM])])
+def test_a_worker_that_failed_and_does_not_end_by_itself_is_told_to(is_ending: bool, signals: list[Signal]) -> None:
+    world = begun()
+    first, _ = members(world, 1)
+    world.handle(FailedSaid(first.worker, "it hangs", is_ending=is_ending))
+    sent = [one.signal for one in of(world.actions, SendSignal) if one.worker == first.worker]
+    assert sent == signals
+
+
 def test_a_first_preparation_that_fails_ends_the_master_with_its_exit_code() -> None:
     world = World()
     world.handle(ReloadRequested())
