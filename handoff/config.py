@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from handoff.companion_table import companions_option
 from handoff.durations import format_duration
 from handoff.env_file import read_small_file
 from handoff.errors import UsageError
@@ -19,15 +20,18 @@ from handoff.option_table import (
     ONLY_FOR_APPLICATIONS,
     ONLY_FOR_COMMANDS,
     ONLY_ON_COMMAND_LINE,
-    OPTIONS,
-    OPTIONS_BY_FIELD,
     Option,
     one_line,
     shown_value,
 )
+from handoff.option_table import (
+    OPTIONS as SERVICE_OPTIONS,
+)
 from handoff.settings import Launch, Settings
 
 CONFIG_FILE = "handoff.toml"
+OPTIONS = SERVICE_OPTIONS | {"companion": companions_option(SERVICE_OPTIONS)}
+OPTIONS_BY_FIELD = {option.field: option for option in OPTIONS.values()}
 _NOT_OF_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _TOML_POSITION = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re.DOTALL)
 

@@ -342,8 +342,6 @@ ONLY_FOR_APPLICATIONS = (
     *("limit_concurrency", "forwarded_allow_ips", "root_path", "headers", "access_log", "websockets", "log_config"),
     *("generation_header", "uvicorn"),
 )
-OPTIONS_BY_FIELD = {option.field: option for option in OPTIONS.values()}
-
 ONLY_ON_COMMAND_LINE = {
     "chdir": "the file is found by the directory, use --chdir",
     "config": "this is that file, use --config",

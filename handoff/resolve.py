@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from handoff.config import CONFIG_FILE, ServiceOptions, env_file_path, merge_settings, read_config
 from handoff.env_file import read_env_file
 from handoff.errors import HandoffError
@@ -80,7 +82,21 @@ def resolve(launch: Launch) -> Pins:
     environment = clean_environment({**launch.environment, **added})
     settings = merge_settings(config, launch, directory, environment)
     executable = _executable(settings.command[0], directory, environment) if settings.command else ""
-    return Pins(directory=directory, python=python, environment=environment, settings=settings, executable=executable)
+    pins = Pins(directory=directory, python=python, environment=environment, settings=settings, executable=executable)
+    for name in settings.companions:
+        companion_pins(pins, name)
+    return pins
+
+
+def companion_pins(pins: Pins, name: str) -> Pins:
+    """What a companion of the generation is pinned to. Raises HandoffError where its command is not there."""
+    settings = pins.settings.of_companion(name)
+    try:
+        executable = _executable(settings.command[0], pins.directory, pins.environment) if settings.command else ""
+    except HandoffError as error:
+        raise HandoffError(f"companion {name}: {error.message}") from None
+    environment = pins.environment | {"HANDOFF_COMPANION": name}
+    return msgspec.structs.replace(pins, settings=settings, executable=executable, environment=environment)
 
 
 def service_changes(

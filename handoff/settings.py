@@ -13,6 +13,23 @@ LogFormat = Literal["text", "json"]
 Dialect = Literal["auto", "systemd", "server-starter", "einhorn"]
 
 
+class CompanionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one companion is; the fields mean the same as those of `Settings`. None: as the service has it."""
+
+    app: str = ""
+    command: tuple[str, ...] = ()
+    factory: bool = False
+    binds: tuple[str, ...] = ()
+    interface: Interface = "auto"
+    loop: Loop | None = None
+    threads: int | None = None
+    dialect: Dialect = "auto"
+    ready_after_seconds: float | None = None
+    drain_signal: str = "TERM"
+    boot_timeout_seconds: float | None = None
+    stop_timeout_seconds: float | None = None
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One generation's settings, merged and checked. Durations are in seconds.
 
@@ -63,6 +80,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     generation_header: bool = False
     uvicorn: dict[str, Any] = {}
     """Other settings of uvicorn, from the table `[uvicorn]`, passed through as they are."""
+    companions: dict[str, CompanionSettings] = {}
+    """By name, from the tables `[companion.NAME]`."""
+
+    def of_companion(self, name: str) -> Settings:
+        """The settings of a companion's process: its own, and those of the service that are for every process."""
+        own = self.companions[name]
+        given = {field: getattr(own, field) for field in own.__struct_fields__ if getattr(own, field) is not None}
+        shared = ("name", "label", "loop", "threads", "boot_timeout_seconds", "stop_timeout_seconds", "log_format")
+        taken = {field: getattr(self, field) for field in (*shared, "log_config")} | given
+        return Settings(**taken, drain_timeout_seconds=taken["stop_timeout_seconds"])
 
     @property
     def runs(self) -> str:

@@ -34,7 +34,8 @@ def status(as_json: bool, drain: bool, name: str | None, run_dir: str | None) ->
     if drain:
         print_drain(answer)
     else:
-        print_status(answer, {worker.pid: usage(worker.pid) for worker in _workers(answer)})
+        pids = [worker.pid for worker in _workers(answer)] + [one.pid for one in answer.companions if one.pid]
+        print_status(answer, {pid: usage(pid) for pid in pids})
     return ExitCode.DONE
 
 
@@ -61,6 +62,12 @@ def _print_processes(answer: StatusAnswer) -> None:
                 f"{answer.name:<20} {worker.pid:>8} {'worker':<8} {generation.generation:>4} {worker.slot:>4} "
                 f"{worker.state:<10} {age:>8} {generation.label}".rstrip()
             )
+    for one in answer.companions:
+        age = format_duration(round(one.age_seconds))
+        click.echo(
+            f"{answer.name:<20} {one.pid or '':>8} {'companion':<9} {one.generation or '':>3} {'':>4} "
+            f"{one.state:<10} {age:>8} {one.name}"
+        )
 
 
 def usage(pid: int) -> dict[str, Any]:
@@ -91,4 +98,6 @@ def _with_usage(answer: StatusAnswer) -> dict[str, Any]:
     for generation in built["generations"]:
         for worker in generation["workers"]:
             worker["usage"] = usage(worker["pid"])
+    for one in built["companions"]:
+        one["usage"] = usage(one["pid"]) if one["pid"] else {}
     return built

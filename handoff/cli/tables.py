@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from handoff.core.control import GenerationStatus, StatusAnswer
+from handoff.core.control import CompanionStatus, GenerationStatus, StatusAnswer
 from handoff.durations import format_duration
 
 _MIB = 1024 * 1024
@@ -35,6 +36,8 @@ def print_status(answer: StatusAnswer, usages: Mapping[int, Mapping[str, Any]]) 
         console.print(f"log lines dropped: {answer.dropped_log_lines}", markup=False)
     for generation in answer.generations:
         _print_generation(console, generation, usages)
+    if answer.companions:
+        _print_companions(console, answer.companions, usages)
 
 
 def _console() -> Console:
@@ -71,6 +74,23 @@ def _print_generation(console: Console, generation: GenerationStatus, usages: Ma
             _shown(used.get("cpu_seconds")),
             _shown(used.get("open_fds")),
         )
+    console.print(table)
+
+
+def _print_companions(
+    console: Console, companions: Sequence[CompanionStatus], usages: Mapping[int, Mapping[str, Any]]
+) -> None:
+    console.print("\ncompanions", style="bold")
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for heading in ("name", "generation", "pid", "state", "runs"):
+        table.add_column(heading)
+    for heading in ("age", "restarts", "RSS MiB", "CPU s"):
+        table.add_column(heading, justify="right")
+    for one in companions:
+        used = usages.get(one.pid, {})
+        cells = (one.name, _shown(one.generation), str(one.pid or "-"), one.state, one.runs)
+        numbers = (format_duration(round(one.age_seconds)), str(one.restarts))
+        table.add_row(*map(escape, cells), *numbers, _mebibytes(used.get("rss_bytes")), _shown(used.get("cpu_seconds")))
     console.print(table)
 
 

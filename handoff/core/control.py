@@ -87,6 +87,18 @@ class ListenerStatus(msgspec.Struct, frozen=True, kw_only=True):
     address: str
 
 
+class CompanionStatus(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    state: str
+    """That of its process, or `waiting`: it died, and is started again later."""
+    runs: str
+    generation: int | None = None
+    pid: int = 0
+    age_seconds: float = 0.0
+    restarts: int = 0
+    """In a row; one that lives for a while has none."""
+
+
 class MovesStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Live connections, over all workers since the master started. `waiting`: now."""
 
@@ -110,6 +122,7 @@ class StatusAnswer(msgspec.Struct, frozen=True, tag_field="type", tag="status-an
     moves: MovesStatus
     dropped_log_lines: int
     open_fds: int
+    companions: tuple[CompanionStatus, ...] = ()
 
 
 AnyAnswer = Answer | StatusAnswer

@@ -58,11 +58,10 @@ class Fleet:
         came_from, worker.state = worker.state, follow(WORKER_TABLE, worker.state, event)
         worker.deadline = deadline
         if came_from is not worker.state:
-            self.actions.append(
-                LogTransition(
-                    "worker", worker.generation, came_from.value, worker.state.value, reason, worker.worker, worker.slot
-                )
-            )
+            kind = "companion" if worker.companion else "worker"
+            states = (came_from.value, worker.state.value)
+            number, slot, companion = worker.worker, worker.slot, worker.companion
+            self.actions.append(LogTransition(kind, worker.generation, *states, reason, number, slot, companion))
 
     def move_generation(self, record: GenerationRecord, event: GenerationEvent, reason: str = "") -> None:
         came_from, record.state = record.state, follow(GENERATION_TABLE, record.state, event)
@@ -79,11 +78,16 @@ class Fleet:
 
     def spawn(self, record: GenerationRecord, slot: int, now: float) -> None:
         assert record.timings is not None
-        worker = WorkerRecord(self._next_worker, record.generation, slot, now)
-        worker.deadline = now + record.timings.boot_timeout_seconds
+        self._spawn(WorkerRecord(self._next_worker, record.generation, slot, now), record.timings.boot_timeout_seconds)
+
+    def spawn_companion(self, name: str, generation: int, boot_timeout_seconds: float, now: float) -> None:
+        self._spawn(WorkerRecord(self._next_worker, generation, 0, now, companion=name), boot_timeout_seconds)
+
+    def _spawn(self, worker: WorkerRecord, boot_timeout_seconds: float) -> None:
+        worker.deadline = worker.started_at + boot_timeout_seconds
         self._next_worker += 1
         self.workers[worker.worker] = worker
-        self.actions.append(Spawn(worker.worker, record.generation, slot))
+        self.actions.append(Spawn(worker.worker, worker.generation, worker.slot, worker.companion))
 
     # --- telling workers --------------------------------------------------------------------------------------------
 

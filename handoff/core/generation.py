@@ -73,6 +73,14 @@ class Timings:
     max_generations: int
 
 
+@dataclass(slots=True, frozen=True)
+class CompanionTimings:
+    """The same of one companion."""
+
+    boot_timeout_seconds: float
+    stop_timeout_seconds: float
+
+
 @dataclass(slots=True)
 class GenerationRecord:
     """What the supervisor knows of one generation. `deadline` is monotonic (the end of the probation)."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from handoff.core.generation import Timings
+from handoff.core.generation import CompanionTimings, Timings
 from handoff.errors import ExitCode
 
 # --- events ---------------------------------------------------------------------------------------------------------
@@ -110,6 +111,14 @@ class WorkerExited:
 
 
 @dataclass(slots=True, frozen=True)
+class CompanionsWanted:
+    """For the supervisor of companions: these, of this generation, and no others."""
+
+    generation: int
+    timings: Mapping[str, CompanionTimings]
+
+
+@dataclass(slots=True, frozen=True)
 class Tick:
     """Time passed; deadlines may be due."""
 
@@ -160,6 +169,7 @@ class Spawn:
     worker: int
     generation: int
     slot: int
+    companion: str = ""
 
 
 @dataclass(slots=True, frozen=True)
@@ -221,6 +231,7 @@ class LogTransition:
     reason: str = ""
     worker: int | None = None
     slot: int | None = None
+    companion: str = ""
 
 
 @dataclass(slots=True, frozen=True)

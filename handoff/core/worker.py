@@ -99,6 +99,8 @@ class WorkerRecord:
     failure: str = ""
     traceback: str = ""
     has_accepted: bool = False
+    companion: str = ""
+    """Its name, where this is a companion and not one of the service's workers."""
 
     @property
     def is_alive(self) -> bool:

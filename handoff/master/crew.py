@@ -224,7 +224,7 @@ class Crew:
         channel_fd: int,
         more_fds: Sequence[int],
     ) -> Command:
-        title = f"{pins.settings.name}:{action.generation}:{action.slot}"
+        title = f"{pins.settings.name}:{action.generation}:{action.companion or action.slot}"
         inherited = [listener.socket.fileno() for listener in listeners.values()]
         return Command(
             pins.python,
@@ -246,8 +246,7 @@ class Crew:
             worker=action.worker,
             settings=pins.settings,
             listeners=tuple(
-                ListenerInfo(listener.name, listener.address, listener.socket.fileno())
-                for listener in listeners.values()
+                ListenerInfo(name, listener.address, listener.socket.fileno()) for name, listener in listeners.items()
             ),
             counters_fd=self._counters.fd,
             counters_row=row,

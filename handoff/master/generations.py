@@ -6,13 +6,29 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
+from handoff.addresses import Bind, absolute_bind, check_binds, listener_names, parse_bind
 from handoff.config import ServiceOptions, load_service_options
-from handoff.core.generation import Timings
+from handoff.core.generation import CompanionTimings, Timings
 from handoff.errors import HandoffError, UsageError
 from handoff.inherited import InheritedSocket, effective_binds
 from handoff.listeners import Listener, ListenerSet
-from handoff.resolve import resolve, service_changes
+from handoff.resolve import companion_pins, resolve, service_changes
 from handoff.settings import Launch, Pins, Settings
+
+
+@dataclass(slots=True, frozen=True)
+class PreparedCompanion:
+    """What a companion is pinned to; its listeners are borrowed."""
+
+    pins: Pins
+    listeners: Mapping[str, Listener]
+
+    @property
+    def timings(self) -> CompanionTimings:
+        settings = self.pins.settings
+        return CompanionTimings(settings.boot_timeout_seconds, settings.stop_timeout_seconds)
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,6 +39,8 @@ class PreparedGeneration:
     label: str
     pins: Pins
     listeners: Mapping[str, Listener]
+    """Of its workers."""
+    companions: Mapping[str, PreparedCompanion]
 
     @property
     def timings(self) -> Timings:
@@ -60,9 +78,19 @@ class Preparer:
         pins = self._fresh_pins() if source is None else _checked(source.pins)
         if label is None:
             label = pins.settings.label if source is None else source.label
-        binds = effective_binds(pins.settings.binds, self._inherited, pins.directory)
-        listeners = self._listeners.acquire(generation, binds, pins.settings.backlog)
-        return PreparedGeneration(generation, label, pins, listeners)
+        own = effective_binds(pins.settings.binds, self._inherited, pins.directory)
+        own = [msgspec.structs.replace(bind, name=name) for bind, name in zip(own, listener_names(own), strict=True)]
+        all_pins = {name: companion_pins(pins, name) for name in pins.settings.companions}
+        binds = {name: _companion_binds(name, one) for name, one in all_pins.items()}
+        together = [*own, *(bind for some in binds.values() for bind in some.values())]
+        check_binds(together)
+        listeners = self._listeners.acquire(generation, together, pins.settings.backlog)
+        companions = {
+            name: PreparedCompanion(one, {inner: listeners[str(bind.name)] for inner, bind in binds[name].items()})
+            for name, one in all_pins.items()
+        }
+        workers_listeners = {str(bind.name): listeners[str(bind.name)] for bind in own}
+        return PreparedGeneration(generation, label, pins, workers_listeners, companions)
 
     def _fresh_pins(self) -> Pins:
         pins = resolve(self._launch)
@@ -73,6 +101,15 @@ class Preparer:
         if changes:
             raise UsageError(changes[0])
         return pins
+
+
+def _companion_binds(companion: str, pins: Pins) -> dict[str, Bind]:
+    """By the name that the companion knows; the bind's own name tells it from those of others."""
+    binds = [absolute_bind(parse_bind(text), pins.directory) for text in pins.settings.binds]
+    names = listener_names(binds)
+    return {
+        name: msgspec.structs.replace(bind, name=f"{companion}.{name}") for name, bind in zip(names, binds, strict=True)
+    }
 
 
 def _checked(pins: Pins) -> Pins:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from handoff.errors import HandoffError
 from handoff.inherited import InheritedSocket
 from handoff.listeners import ListenerSet
 from handoff.master.ack import remove_stale
+from handoff.master.companions import CompanionDesk
 from handoff.master.control import ControlServer
 from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration, Preparer
@@ -155,6 +156,9 @@ class Master:
         self._mailboxes = Mailboxes(self._supervisor, self._crew, self._loop, self._log)
         self._generations: dict[int, PreparedGeneration] = {}
         """All that are not gone, and the one that a rollback goes back to."""
+        self._companions = CompanionDesk(self._loop, self._log, given.directory, self._log_transition)
+        self._last_actions: list[Action] = []
+        """Those that end the service; they wait for the companions to end."""
         self._exit: Exit | None = None
         self._told_of_stop = False
 
@@ -170,7 +174,14 @@ class Master:
         """Serve. Returns how it ended, and the traceback of a first boot that failed."""
         self._server = server
         self._status = StatusDesk(
-            self._name, self._supervisor, self._crew, self._listeners, self._generations, self._log, server.answer
+            self._name,
+            self._supervisor,
+            self._crew,
+            self._listeners,
+            self._generations,
+            self._log,
+            self._companions,
+            server.answer,
         )
         self._loop.watch(self._signals, Order.SIGNAL, self._signalled)
         self._log.hold()
@@ -187,11 +198,14 @@ class Master:
                 self._metrics_server.check(now)
             self._events.append(Tick())
             self._handle_events()
+            self._companions.check(now)
+            self._end_after_companions()
             self._mailboxes.check(now)
             self._status.check(now)
             self._parent.check(now)
         self._mailboxes.close()
         self._crew.close()
+        self._companions.close()
         self._log.release()
         verdict = self._supervisor.last_verdict
         return self._exit, verdict.traceback if verdict is not None else ""
@@ -199,7 +213,7 @@ class Master:
     def _timeout_seconds(self) -> float | None:
         sources = (
             *(self._supervisor, self._crew, self._mailboxes, self._status, self._server, self._parent),
-            self._metrics_server,
+            *(self._companions, self._metrics_server),
         )
         deadlines = [source.next_deadline() for source in sources if source is not None]
         earliest = min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -209,14 +223,31 @@ class Master:
 
     def _handle_events(self) -> None:
         while self._events:
-            for action in self._supervisor.handle(self._events.popleft(), time.monotonic()):
-                self._act(action)
+            event = self._events.popleft()
+            if isinstance(event, StopRequested) and (event.is_now or self._supervisor.is_stopping):
+                self._companions.stop(is_now=True)
+            actions = self._supervisor.handle(event, time.monotonic())
+            if any(isinstance(action, Exit) for action in actions):
+                self._last_actions = [action for action in actions if isinstance(action, Verdict | Exit)]
+            self._act_all(action for action in actions if action not in self._last_actions)
+            if self._last_actions:
+                self._companions.stop(is_now=False)  # after the workers, which may need them to the end
+                self._end_after_companions()
         if self._supervisor.is_stopping and not self._told_of_stop:
             self._tell_of_stop()
         if self._crew.has_stored:
             self._crew.keep_stored_of(self._slots_of_commands())
         if self._status_file is not None:
             self._write_status_file(self._status_file)
+
+    def _act_all(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            self._act(action)
+
+    def _end_after_companions(self) -> None:
+        if self._last_actions and self._companions.is_empty:
+            actions, self._last_actions = self._last_actions, []
+            self._act_all(actions)
 
     def _slots_of_commands(self) -> set[int]:
         """The slots that have, or will have, a command in them again."""
@@ -247,7 +278,7 @@ class Master:
         for number in self._signals.read():
             if number is signal.SIGCHLD:
                 if os.getpid() == 1:
-                    reap_strangers(self._crew.pids())
+                    reap_strangers(self._crew.pids() | self._companions.crew.pids())
                 continue
             self._log.info("signal", signal=number.name)
             self._events.append(_SIGNAL_EVENTS[number])
@@ -312,7 +343,8 @@ class Master:
             case Verdict():
                 self._verdict(action)
             case LogTransition():
-                self._log_transition(action)
+                process = self._crew.get(action.worker) if action.worker is not None else None
+                self._log_transition(action, None if process is None else process.pid)
             case LogWarning():
                 self._log.warning(action.message)
             case Exit():
@@ -365,6 +397,7 @@ class Master:
             for name in self._listeners.close_unclaimed():
                 self._log.warning("an inherited socket that no bind names was closed", listener=name)
         addresses = ", ".join(self._listeners.addresses(action.generation).values()) or "none"
+        self._companions.committed(self._generations[action.generation])
         pins = self._generations[action.generation].pins
         self._log.info(
             "serving", name=self._name, app=pins.settings.runs, addresses=addresses, directory=pins.directory
@@ -397,13 +430,14 @@ class Master:
             if verdict.exit_code != 0 and self._supervisor.live is not None:
                 self._parent.status(verdict.message)
 
-    def _log_transition(self, action: LogTransition) -> None:
-        process = self._crew.get(action.worker) if action.worker is not None else None
+    def _log_transition(self, action: LogTransition, pid: int | None) -> None:
         fields: dict[str, object] = {"generation": action.generation}
-        if action.worker is not None:
+        if action.companion:
+            fields["name"] = action.companion
+        elif action.worker is not None:
             fields |= {"worker": action.worker, "slot": action.slot}
-        if process is not None:
-            fields["pid"] = process.pid
+        if pid is not None:
+            fields["pid"] = pid
         fields |= {"from": action.came_from.replace(" ", "-"), "to": action.to.replace(" ", "-")}
         if action.reason:
             fields["reason"] = action.reason

@@ -13,6 +13,7 @@ from handoff.core.supervisor import Supervisor
 from handoff.core.worker import WorkerRecord, WorkerState
 from handoff.counters import ADOPTED, CONNECTIONS, IN_PROGRESS, MOVED, REFUSED, REQUESTS, WAITING
 from handoff.listeners import ListenerSet
+from handoff.master.companions import CompanionDesk
 from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration
 from handoff.master.log import MasterLog
@@ -40,6 +41,7 @@ class StatusDesk:
         listeners: ListenerSet,
         generations: Mapping[int, PreparedGeneration],
         log: MasterLog,
+        companions: CompanionDesk,
         answer: Callable[[int, control.AnyAnswer], None],
     ) -> None:
         self._name = name
@@ -48,6 +50,7 @@ class StatusDesk:
         self._listeners = listeners
         self._generations = generations
         self._log = log
+        self._companions = companions
         self._answer = answer
         self._started_at = time.monotonic()
         self._waiting: list[_Waiting] = []
@@ -110,6 +113,7 @@ class StatusDesk:
             ),
             dropped_log_lines=self._log.dropped,
             open_fds=_count_fds(),
+            companions=self._companions.statuses(now),
         )
 
     def _last_verdict(self) -> control.Answer | None:

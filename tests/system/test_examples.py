@@ -76,6 +76,7 @@ TALKS: dict[str, Callable[[int], bytes]] = {
     "flask_app": get,
     "hello": get,
     "metrics_port": get,
+    "scheduler": get,
     "udp_echo": echo_datagram,
     "websocket_counter": get,
 }

@@ -14,13 +14,14 @@ import pytest
 from handoff.addresses import DEFAULT_UNIX_MODE
 from handoff.cli.commands import handoff
 from handoff.cli.run import run
+from handoff.config import OPTIONS
 from handoff.core.generation import GENERATION_TABLE
 from handoff.core.worker import WORKER_TABLE
 from handoff.durations import format_duration
 from handoff.errors import ExitCode
 from handoff.inherited import DEFAULT_BIND
 from handoff.master.master import _SIGNAL_EVENTS
-from handoff.option_table import ONLY_ON_COMMAND_LINE, OPTIONS
+from handoff.option_table import ONLY_ON_COMMAND_LINE
 from handoff.settings import Settings
 from handoff.worker.http import LINGER_SECONDS
 
