@@ -30,6 +30,8 @@ from handoff.option_table import (
 from handoff.settings import Launch, Settings
 
 CONFIG_FILE = "handoff.toml"
+DESCRIPTION = "description"
+"""How what --describe printed is called in messages."""
 OPTIONS = SERVICE_OPTIONS | {"companion": companions_option(SERVICE_OPTIONS)}
 OPTIONS_BY_FIELD = {option.field: option for option in OPTIONS.values()}
 _NOT_OF_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -92,7 +94,12 @@ def env_file_path(config: Config, launch: Launch, directory: str) -> str | None:
 
 
 def read_config(launch: Launch, directory: str) -> Config:
-    """The file given with --config, else handoff.toml in `directory`, which need not be there. Raises UsageError."""
+    """What --describe printed, or the file given with --config, else handoff.toml in `directory`, if it is there.
+
+    Raises UsageError.
+    """
+    if launch.described is not None:
+        return _with_underscores(DESCRIPTION, launch.described)
     path = launch.config
     shown = CONFIG_FILE if path is None else path
     if path is None:
@@ -106,6 +113,10 @@ def read_config(launch: Launch, directory: str) -> Config:
         raise UsageError(f"{shown}: {_toml_problem(str(error), text)}") from None
     except RecursionError:
         raise UsageError(f"{shown}: is nested too deeply; make it flat") from None
+    return _with_underscores(shown, table)
+
+
+def _with_underscores(shown: str, table: Mapping[str, Any]) -> Config:
     values: dict[str, Any] = {}
     for written, value in table.items():
         key = written.replace("-", "_")

@@ -343,6 +343,7 @@ ONLY_FOR_APPLICATIONS = (
     *("generation_header", "uvicorn"),
 )
 ONLY_ON_COMMAND_LINE = {
+    "describe": "it stands in for the file, use --describe",
     "chdir": "the file is found by the directory, use --chdir",
     "config": "this is that file, use --config",
     "python": "use --python",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -13,7 +14,7 @@ import msgspec
 
 from handoff.config import CONFIG_FILE, ServiceOptions, env_file_path, merge_settings, read_config
 from handoff.env_file import read_env_file
-from handoff.errors import HandoffError
+from handoff.errors import HandoffError, UsageError
 from handoff.settings import Launch, Pins, Settings
 
 _PATH_OVERRIDES = ("log_config", "run_dir", "pidfile", "status_file")
@@ -29,6 +30,7 @@ def make_launch(
     python: str | None = None,
     config: str | None = None,
     env_file: str | None = None,
+    describe: str | None = None,
 ) -> Launch:
     """What was typed, with paths made absolute from the working directory as typed; no symlink is resolved.
 
@@ -45,8 +47,24 @@ def make_launch(
         python=_python_as_typed(python, argv0, typed, environ),
         config=None if config is None else os.path.join(typed, config),
         env_file=None if env_file is None else os.path.join(typed, env_file),
+        describe=_words(describe, config),
         environment=clean_environment(environ),
     )
+
+
+def _words(describe: str | None, config: str | None) -> tuple[str, ...]:
+    """The command of --describe, taken apart as a shell does it; no shell is started."""
+    if describe is None:
+        return ()
+    if config is not None:
+        raise UsageError("--describe and --config: a service is described by one of the two; leave one out")
+    try:
+        words = tuple(shlex.split(describe))
+    except ValueError as error:
+        raise UsageError(f"--describe {describe!r}: expected a command ({str(error).lower()})") from None
+    if not words or "\0" in describe:
+        raise UsageError(f"--describe {describe!r}: expected a command and its arguments")
+    return words
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -74,14 +92,14 @@ def resolve(launch: Launch) -> Pins:
 
     Raises HandoffError, one line, for whatever of it is missing or wrong.
     """
-    directory = _resolved_directory(launch.directory)
+    directory = resolved_directory(launch.directory)
     python = _resolved_python(launch.python)
     config = read_config(launch, directory)
     env_file = env_file_path(config, launch, directory)
     added = {} if env_file is None else read_env_file(env_file)
     environment = clean_environment({**launch.environment, **added})
     settings = merge_settings(config, launch, directory, environment)
-    executable = _executable(settings.command[0], directory, environment) if settings.command else ""
+    executable = find_executable(settings.command[0], directory, environment) if settings.command else ""
     pins = Pins(directory=directory, python=python, environment=environment, settings=settings, executable=executable)
     for name in settings.companions:
         companion_pins(pins, name)
@@ -92,7 +110,7 @@ def companion_pins(pins: Pins, name: str) -> Pins:
     """What a companion of the generation is pinned to. Raises HandoffError where its command is not there."""
     settings = pins.settings.of_companion(name)
     try:
-        executable = _executable(settings.command[0], pins.directory, pins.environment) if settings.command else ""
+        executable = find_executable(settings.command[0], pins.directory, pins.environment) if settings.command else ""
     except HandoffError as error:
         raise HandoffError(f"companion {name}: {error.message}") from None
     environment = pins.environment | {"HANDOFF_COMPANION": name}
@@ -121,7 +139,7 @@ def service_changes(
     ]
 
 
-def _executable(name: str, directory: str, environment: Mapping[str, str]) -> str:
+def find_executable(name: str, directory: str, environment: Mapping[str, str]) -> str:
     """The file that a command names: a path from `directory`, or found in the PATH of its environment."""
     if "/" in name:
         path = os.path.join(directory, name)
@@ -174,7 +192,7 @@ def _is_executable_file(path: str) -> bool:
     return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
-def _resolved_directory(path: str) -> str:
+def resolved_directory(path: str) -> str:
     try:
         # Strict: a link that leads nowhere is found here, not later as a confusing ENOENT.
         resolved = os.path.realpath(path, strict=True)

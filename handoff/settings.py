@@ -111,6 +111,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     config: str | None
     """The file given with `--config`; None means `handoff.toml` in the directory, if there is one."""
     env_file: str | None
+    describe: tuple[str, ...] = ()
+    """A command that prints, as JSON, what would stand in the file; it is run anew for each reload."""
+    described: dict[str, Any] | None = None
+    """What it printed last."""
     environment: dict[str, str]
     """The environment `handoff run` was started with, less LISTEN_*, NOTIFY_SOCKET and HANDOFF_*."""
 

@@ -11,6 +11,7 @@ import click
 
 from handoff.addresses import listener_names
 from handoff.cli.options import current_directory
+from handoff.description import describe
 from handoff.errors import ExitCode
 from handoff.inherited import effective_binds
 from handoff.resolve import make_launch, resolve, worker_variables
@@ -23,11 +24,12 @@ from handoff.resolve import make_launch, resolve, worker_variables
 @click.option("--python", metavar="PATH", help="Interpreter. Default: the one beside this command.")
 @click.option("--env-file", metavar="FILE", help="Variables for the application.")
 @click.option("--config", metavar="FILE", help="Default: handoff.toml in the directory.")
+@click.option("--describe", metavar="COMMAND", help="Prints as JSON what handoff.toml would say.")
 def check(app: str | None, factory: bool | None, **paths: Any) -> int:
     """Read the configuration and import APP as a worker would, without serving."""
     overrides = {key: value for key, value in (("app", app), ("factory", factory)) if value is not None}
     launch = make_launch(overrides, argv0=sys.argv[0], cwd=current_directory(), environ=os.environ, **paths)
-    pins = resolve(launch)
+    pins = resolve(describe(launch))
     settings = pins.settings
     if settings.command:
         click.echo(f"{pins.executable}: is there, and the configuration is good; a command cannot be tried further")

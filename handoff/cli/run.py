@@ -11,6 +11,7 @@ import click
 
 from handoff.cli.options import Duration, Surge, current_directory
 from handoff.config import load_service_options, load_settings
+from handoff.description import describe
 from handoff.errors import ExitCode
 from handoff.inherited import take_inherited
 from handoff.master.limits import raise_fd_limit
@@ -31,7 +32,7 @@ _SECONDS = {
     "watchdog",
 }
 _RENAMED = {"bind": "binds", "header": "headers"}
-_NOT_SETTINGS = {"chdir", "python", "env_file", "config"}
+_NOT_SETTINGS = {"chdir", "python", "env_file", "config", "describe"}
 
 
 class _WithCommand(click.Command):
@@ -78,6 +79,7 @@ _COMMAND = "handoff.command"
 @click.option("--python", metavar="PATH", help="Interpreter of the workers. Default: the one beside this command.")
 @click.option("--env-file", metavar="FILE", help="Variables for the workers, read at each reload.")
 @click.option("--config", metavar="FILE", help="Default: handoff.toml in the directory. The command line wins.")
+@click.option("--describe", metavar="COMMAND", help="Prints as JSON what handoff.toml would say; run at each reload.")
 @click.option("--name", help="Name of the service. Default: that of the directory.")
 @click.option("--label", help="Your name for the first version.")
 @click.option("--run-dir", metavar="DIR", help="Where services keep their control sockets.")
@@ -127,6 +129,7 @@ def run(**options: Any) -> int:
     inherited = take_inherited(os.environ, os.getpid())
     notify_address = take_notify_address(os.environ)
     raise_fd_limit()
+    launch = describe(launch)
     # Everything that was typed is judged before the service's directory is touched.
     settings = load_settings(launch, launch.directory, clean_environment(os.environ))
     service = load_service_options(launch, launch.directory)

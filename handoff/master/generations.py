@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from handoff.addresses import Bind, absolute_bind, check_binds, listener_names, parse_bind
-from handoff.config import ServiceOptions, load_service_options
+from handoff.config import DESCRIPTION, ServiceOptions, load_service_options
 from handoff.core.generation import CompanionTimings, Timings
 from handoff.errors import HandoffError, UsageError
 from handoff.inherited import InheritedSocket, effective_binds
@@ -73,6 +74,14 @@ class Preparer:
         self._first_settings: Settings | None = None
         listeners.adopt_inherited(inherited)
 
+    @property
+    def launch(self) -> Launch:
+        return self._launch
+
+    def described(self, values: dict[str, Any]) -> None:
+        """What the description command printed just now, for the generations that are prepared from now on."""
+        self._launch = msgspec.structs.replace(self._launch, described=values)
+
     def prepare(self, generation: int, source: PreparedGeneration | None, label: str | None) -> PreparedGeneration:
         """Raises HandoffError, with everything as it was before."""
         pins = self._fresh_pins() if source is None else _checked(source.pins)
@@ -92,12 +101,16 @@ class Preparer:
         workers_listeners = {str(bind.name): listeners[str(bind.name)] for bind in own}
         return PreparedGeneration(generation, label, pins, workers_listeners, companions)
 
+    @property
+    def _source(self) -> str | None:
+        return self._launch.config if self._launch.described is None else DESCRIPTION
+
     def _fresh_pins(self) -> Pins:
         pins = resolve(self._launch)
         if self._first_settings is None:
             self._first_settings = pins.settings
         options = load_service_options(self._launch, pins.directory)
-        changes = service_changes(self._first_settings, self._options, pins.settings, options, self._launch.config)
+        changes = service_changes(self._first_settings, self._options, pins.settings, options, self._source)
         if changes:
             raise UsageError(changes[0])
         return pins

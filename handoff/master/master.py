@@ -47,6 +47,7 @@ from handoff.master.ack import remove_stale
 from handoff.master.companions import CompanionDesk
 from handoff.master.control import ControlServer
 from handoff.master.crew import Crew
+from handoff.master.describing import Describing, Outcome
 from handoff.master.generations import PreparedGeneration, Preparer
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -157,6 +158,9 @@ class Master:
         self._generations: dict[int, PreparedGeneration] = {}
         """All that are not gone, and the one that a rollback goes back to."""
         self._companions = CompanionDesk(self._loop, self._log, given.directory, self._log_transition)
+        self._describing = Describing(self._loop)
+        self._describing_for = 0
+        """A generation."""
         self._last_actions: list[Action] = []
         """Those that end the service; they wait for the companions to end."""
         self._exit: Exit | None = None
@@ -196,6 +200,7 @@ class Master:
             self._server.check(now)
             if self._metrics_server is not None:
                 self._metrics_server.check(now)
+            self._describing.check(now)
             self._events.append(Tick())
             self._handle_events()
             self._companions.check(now)
@@ -213,7 +218,7 @@ class Master:
     def _timeout_seconds(self) -> float | None:
         sources = (
             *(self._supervisor, self._crew, self._mailboxes, self._status, self._server, self._parent),
-            *(self._companions, self._metrics_server),
+            *(self._companions, self._describing, self._metrics_server),
         )
         deadlines = [source.next_deadline() for source in sources if source is not None]
         earliest = min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -314,7 +319,7 @@ class Master:
     def _act(self, action: Action) -> None:
         match action:
             case Prepare():
-                self._prepare(action)
+                self._describe_and_prepare(action)
             case Spawn():
                 prepared = self._generations[action.generation]
                 slot = (action.generation, action.slot)
@@ -337,6 +342,8 @@ class Master:
             case Unbind():
                 self._listeners.release(action.generation)
             case Forget():
+                if action.generation == self._describing_for:
+                    self._describing.cancel()
                 self._listeners.release(action.generation)
                 if action.generation != self._supervisor.previous:
                     self._generations.pop(action.generation, None)
@@ -368,6 +375,23 @@ class Master:
             return tuple(mine)
         live = self._generations[supervisor.live].listeners.values() if supervisor.live is not None else ()
         return tuple(name for name, listener in mine.items() if listener not in live)
+
+    def _describe_and_prepare(self, action: Prepare) -> None:
+        """A reload from what was typed first asks the description command, if there is one."""
+        launch = self._preparer.launch
+        if self._first is not None or action.source is not None or not launch.describe:
+            self._prepare(action)
+            return
+
+        def described(outcome: Outcome) -> None:
+            if isinstance(outcome, HandoffError):
+                self._events.append(PrepareFailed(action.generation, outcome.message, outcome.exit_code))
+            else:
+                self._preparer.described(outcome)
+                self._prepare(action)
+
+        self._describing_for = action.generation
+        self._describing.start(launch, described)
 
     def _prepare(self, action: Prepare) -> None:
         try:
