@@ -20,6 +20,8 @@ WAITING = 4
 ADOPTED = 5
 REFUSED = 6
 """Connections that could not move, or could not be taken over."""
+HEARTBEAT = 7
+"""Grows as long as the event loop turns."""
 FIELDS = 16
 """Room for later fields."""
 

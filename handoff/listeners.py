@@ -8,13 +8,14 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import psutil
 
 from handoff.addresses import MAX_UNIX_PATH_BYTES, Bind, listener_names
 from handoff.errors import HandoffError, UsageError
 from handoff.inherited import InheritedSocket
+from handoff.reuseport import SlotSockets
 
 _WILDCARDS = {"0.0.0.0", "::"}
 _BOUND = (psutil.CONN_LISTEN, psutil.CONN_NONE)  # of TCP, of UDP
@@ -27,7 +28,7 @@ class Listener:
     `address` is what is really bound, as shown to a person: it has the port that the kernel chose for port 0.
     """
 
-    __slots__ = ("_inode", "address", "backlog", "bind", "is_inherited", "name", "socket")
+    __slots__ = ("_inode", "address", "backlog", "bind", "is_inherited", "name", "slots", "socket")
 
     def __init__(
         self,
@@ -46,6 +47,8 @@ class Listener:
         self.address = _shown_address(bind, sock)
         self.is_inherited = is_inherited
         self.backlog = backlog
+        self.slots: SlotSockets | None = None
+        """Where each slot has a socket of its own."""
         self._inode = inode
 
     def __repr__(self) -> str:
@@ -55,7 +58,13 @@ class Listener:
         """Change the length of the queue of connections that wait to be accepted. Datagrams have no such queue."""
         if self.socket.type == socket.SOCK_STREAM:
             self.socket.listen(backlog)
+        if self.slots is not None:
+            self.slots.listen(backlog)
         self.backlog = backlog
+
+    def socket_of(self, slot: int) -> socket.socket:
+        """What a worker in this slot accepts from; borrowed. Raises OSError."""
+        return self.socket if self.slots is None else self.slots.of(slot, self.backlog)
 
     def set_mode(self, mode: int) -> None:
         """Change the mode of the path that we bound, if it is still ours; HandoffError if that is not permitted."""
@@ -74,6 +83,8 @@ class Listener:
             with contextlib.suppress(OSError):  # a directory that went read-only, or the file went just now
                 os.unlink(self.bind.path)
         self._inode = None
+        if self.slots is not None:
+            self.slots.close()
         self.socket.close()
 
     def _has_own_path(self) -> bool:
@@ -103,11 +114,14 @@ class ListenerSet:
             undo.pop_all()
         self._open.update(adopted)
 
-    def acquire(self, generation: int, binds: Sequence[Bind], backlog: int) -> dict[str, Listener]:
+    def acquire(
+        self, generation: int, binds: Sequence[Bind], backlog: int, per_slot: Collection[str] = ()
+    ) -> dict[str, Listener]:
         """The listeners for `binds` by name, bound now or already open; borrowed until `release(generation)`.
 
         All or nothing: if one cannot be had, those newly bound are closed again, the others were not touched, and
-        the HandoffError of that one goes to the caller. The path of a unix socket must be absolute.
+        the HandoffError of that one goes to the caller. The path of a unix socket must be absolute. `per_slot`: names
+        of those that get a socket for each slot, where they are bound now and are TCP.
         """
         assert generation not in self._held, f"generation {generation} holds listeners already"
         listeners: dict[str, Listener] = {}
@@ -118,7 +132,8 @@ class ListenerSet:
                 identity = _identity(bind, name)
                 listener = self._open.get(identity) or fresh.get(identity)
                 if listener is None:
-                    listener = self._bind(bind, name, backlog, [*self._open.values(), *fresh.values()])
+                    others = [*self._open.values(), *fresh.values()]
+                    listener = self._bind(bind, name, backlog, others, name in per_slot)
                     undo.callback(listener.close)
                     fresh[identity] = listener
                 listeners[name] = listener
@@ -164,12 +179,12 @@ class ListenerSet:
     def _held_identities(self) -> set[str]:
         return {identity for held in self._held.values() for identity in held.values()}
 
-    def _bind(self, bind: Bind, name: str, backlog: int, others: Sequence[Listener]) -> Listener:
+    def _bind(self, bind: Bind, name: str, backlog: int, others: Sequence[Listener], is_per_slot: bool) -> Listener:
         if bind.kind == "fd" and self._is_started:
             # By now that number may be any file of our own.
             raise UsageError(f"bind {bind}: was not passed when the service started; restart the service with it")
         try:
-            return bind_listener(bind, name, backlog)
+            return bind_listener(bind, name, backlog, is_per_slot)
         except HandoffError as error:
             own = next((other for other in others if _overlaps(bind, other)), None)
             if own is None or not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EADDRINUSE:
@@ -180,7 +195,7 @@ class ListenerSet:
             ) from error
 
 
-def bind_listener(bind: Bind, name: str, backlog: int) -> Listener:
+def bind_listener(bind: Bind, name: str, backlog: int, is_per_slot: bool = False) -> Listener:
     """A new listener on `bind`, non-blocking and close-on-exec; the caller owns it.
 
     Raises HandoffError, one line that names the listener, the address, and what to do; UsageError for an fd:// that
@@ -189,7 +204,7 @@ def bind_listener(bind: Bind, name: str, backlog: int) -> Listener:
     """
     match bind.kind:
         case "tcp":
-            return _bind_tcp(bind, name, backlog)
+            return _bind_tcp(bind, name, backlog, is_per_slot)
         case "udp":
             return _bind_udp(bind, name)
         case "unix":
@@ -237,7 +252,10 @@ def _shown_address(bind: Bind, sock: socket.socket) -> str:
 # TCP
 
 
-def _bind_tcp(bind: Bind, name: str, backlog: int) -> Listener:
+def _bind_tcp(bind: Bind, name: str, backlog: int, is_per_slot: bool) -> Listener:
+    if is_per_slot and bind.port != 0:
+        # With SO_REUSEPORT another server of this user could have the port, and half of the clients.
+        _bind_tcp(bind, name, backlog, is_per_slot=False).close()
     family, address = _resolve_host(bind, name)
     with contextlib.ExitStack() as undo:
         try:
@@ -246,6 +264,8 @@ def _bind_tcp(bind: Bind, name: str, backlog: int) -> Listener:
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if is_per_slot:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind(address)
@@ -254,6 +274,7 @@ def _bind_tcp(bind: Bind, name: str, backlog: int) -> Listener:
         except OSError as error:
             raise HandoffError(_tcp_problem(bind, name, address, error)) from error
         listener = Listener(name, bind, sock, backlog=backlog)
+        listener.slots = SlotSockets(sock) if is_per_slot else None
         undo.pop_all()
         return listener
 

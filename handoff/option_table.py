@@ -301,6 +301,7 @@ OPTIONS = {
         _flag("factory"),
         _named("bind", _read_binds, _check_binds, "binds"),
         _number("backlog", 1, 65535),
+        _choice("listen_mode", "shared", "reuseport"),
         _number("workers", 1, MAX_WORKERS),
         _number("threads", 1, 1000),
         _choice("interface", "auto", "asgi", "wsgi", "handoff"),
@@ -338,7 +339,17 @@ OPTIONS = {
 }
 ONLY_FOR_COMMANDS = ("dialect", "ready_after_seconds", "watchdog_seconds", "drain_signal")
 ONLY_FOR_APPLICATIONS = (
-    *("factory", "threads", "interface", "loop", "check", "warm_up", "keep_alive_seconds", "request_timeout_seconds"),
+    *(
+        "listen_mode",
+        "factory",
+        "threads",
+        "interface",
+        "loop",
+        "check",
+        "warm_up",
+        "keep_alive_seconds",
+        "request_timeout_seconds",
+    ),
     *("limit_concurrency", "forwarded_allow_ips", "root_path", "headers", "access_log", "websockets", "log_config"),
     *("generation_header", "uvicorn"),
 )

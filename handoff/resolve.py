@@ -128,7 +128,7 @@ def service_changes(
 
     `config` is that of the launch. `handoff.toml: name: cannot change in a reload (web, now api); restart the service`
     """
-    pairs = [("name", old_settings.name, new_settings.name)]
+    pairs = [(key, getattr(old_settings, key), getattr(new_settings, key)) for key in ("name", "listen_mode")]
     for field in ServiceOptions.__struct_fields__:
         pairs.append((field, getattr(old_options, field), getattr(new_options, field)))
     return [

@@ -9,6 +9,7 @@ import msgspec
 
 Interface = Literal["auto", "asgi", "wsgi", "handoff"]
 Loop = Literal["uvloop", "asyncio"]
+ListenMode = Literal["shared", "reuseport"]
 LogFormat = Literal["text", "json"]
 Dialect = Literal["auto", "systemd", "server-starter", "einhorn"]
 
@@ -51,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     binds: tuple[str, ...] = ()
     """Addresses as typed, `[NAME=]ADDR`; empty means the default, or the sockets that were inherited."""
     backlog: int = 2048
+    listen_mode: ListenMode = "shared"
     workers: int = 1
     threads: int = 10
     interface: Interface = "auto"

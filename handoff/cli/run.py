@@ -63,6 +63,11 @@ _COMMAND = "handoff.command"
     "Default 127.0.0.1:8000, or what was inherited.",
 )
 @click.option("--backlog", type=int, help="Length of the queue of connections. Default 2048.")
+@click.option(
+    "--listen-mode",
+    type=click.Choice(["shared", "reuseport"]),
+    help="One socket for all workers (default), or one for each slot, with connections spread evenly.",
+)
 @click.option("--workers", "-w", type=int, help="Number of worker processes. Default 1.")
 @click.option("--threads", type=int, help="Threads of a worker with a WSGI application. Default 10.")
 @click.option(

@@ -138,6 +138,22 @@ class Receivers(Message, frozen=True, tag="receivers"):
     receivers: tuple[ReceiverInfo, ...]
 
 
+class SlotSocket(msgspec.Struct, frozen=True):
+    """The socket of a slot that nobody serves."""
+
+    name: str
+    """Of the listener."""
+    slot: int
+    is_new: bool
+    """It comes with this message; otherwise it came with an earlier one."""
+
+
+class AlsoAccept(Message, frozen=True, tag="also-accept"):
+    """All sockets that the worker is to accept from beside its own; those not in the list any more, no longer."""
+
+    sockets: tuple[SlotSocket, ...]
+
+
 class Report(Message, frozen=True, tag="report"):
     """Asks for a Holds with the same number."""
 
@@ -145,7 +161,7 @@ class Report(Message, frozen=True, tag="report"):
 
 
 WorkerMessage = Hello | Progress | Ready | Opened | Leaving | Failed | Holds
-MasterMessage = Boot | Open | Drain | Receivers | Report
+MasterMessage = Boot | Open | Drain | Receivers | AlsoAccept | Report
 
 
 class InMemfd(Message, frozen=True, tag="in-memfd"):

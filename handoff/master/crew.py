@@ -225,7 +225,7 @@ class Crew:
         more_fds: Sequence[int],
     ) -> Command:
         title = f"{pins.settings.name}:{action.generation}:{action.companion or action.slot}"
-        inherited = [listener.socket.fileno() for listener in listeners.values()]
+        inherited = [listener.socket_of(action.slot).fileno() for listener in listeners.values()]
         return Command(
             pins.python,
             # -P: what lies in the working directory must not stand in for a module of ours.
@@ -246,7 +246,8 @@ class Crew:
             worker=action.worker,
             settings=pins.settings,
             listeners=tuple(
-                ListenerInfo(name, listener.address, listener.socket.fileno()) for name, listener in listeners.items()
+                ListenerInfo(name, listener.address, listener.socket_of(action.slot).fileno())
+                for name, listener in listeners.items()
             ),
             counters_fd=self._counters.fd,
             counters_row=row,

@@ -93,7 +93,8 @@ class Preparer:
         binds = {name: _companion_binds(name, one) for name, one in all_pins.items()}
         together = [*own, *(bind for some in binds.values() for bind in some.values())]
         check_binds(together)
-        listeners = self._listeners.acquire(generation, together, pins.settings.backlog)
+        per_slot = [str(bind.name) for bind in own] if pins.settings.listen_mode == "reuseport" else []
+        listeners = self._listeners.acquire(generation, together, pins.settings.backlog, per_slot)
         companions = {
             name: PreparedCompanion(one, {inner: listeners[str(bind.name)] for inner, bind in binds[name].items()})
             for name, one in all_pins.items()

@@ -55,6 +55,7 @@ from handoff.master.mailboxes import Mailboxes
 from handoff.master.parent import Parent
 from handoff.master.processes import reap_strangers
 from handoff.master.signals import SignalSocket
+from handoff.master.slots import SlotDesk
 from handoff.master.status import StatusDesk
 from handoff.pid_file import PidFile
 from handoff.settings import Launch
@@ -157,6 +158,7 @@ class Master:
         self._mailboxes = Mailboxes(self._supervisor, self._crew, self._loop, self._log)
         self._generations: dict[int, PreparedGeneration] = {}
         """All that are not gone, and the one that a rollback goes back to."""
+        self._slots = SlotDesk(self._supervisor, self._crew, self._generations, self._log)
         self._companions = CompanionDesk(self._loop, self._log, given.directory, self._log_transition)
         self._describing = Describing(self._loop)
         self._describing_for = 0
@@ -206,6 +208,7 @@ class Master:
             self._companions.check(now)
             self._end_after_companions()
             self._mailboxes.check(now)
+            self._slots.check(now)
             self._status.check(now)
             self._parent.check(now)
         self._mailboxes.close()
@@ -218,7 +221,7 @@ class Master:
     def _timeout_seconds(self) -> float | None:
         sources = (
             *(self._supervisor, self._crew, self._mailboxes, self._status, self._server, self._parent),
-            *(self._companions, self._describing, self._metrics_server),
+            *(self._slots, self._companions, self._describing, self._metrics_server),
         )
         deadlines = [source.next_deadline() for source in sources if source is not None]
         earliest = min((deadline for deadline in deadlines if deadline is not None), default=None)

@@ -57,6 +57,8 @@ def _serve(boot: Boot, link: Link) -> None:
     interface = interface_of(application) if settings.interface == "auto" else settings.interface
     if interface == "handoff":
         _refuse_check(boot)
+        if settings.listen_mode != "shared":
+            raise BootFailure("listen-mode reuseport: is for ASGI and WSGI applications; leave the option out")
         _run_main(application, boot, link, claims, counters)
         return
     if interface == "wsgi":

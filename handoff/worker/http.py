@@ -22,13 +22,14 @@ from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketState
-from handoff.counters import CONNECTIONS, WorkerCounters
+from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
 from handoff.worker.accepting import stop_accepting
 from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.check import request_self
+from handoff.worker.foreign_slots import ForeignSlots
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import BAD_CONFIGURATION, log_config
@@ -79,6 +80,7 @@ class HTTPService:
         self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
         self._changed = asyncio.Event()
         self._servers: list[asyncio.Server] = []
+        self._foreign_slots = ForeignSlots(self._accept_from)
 
     async def run(self) -> None:
         """Returns when the drain has ended. Raises BootFailure."""
@@ -86,6 +88,7 @@ class HTTPService:
         self._link.on_change = self._link_changed
         self._link.on_report = self._report
         self._link.on_receivers = self._state.mover.update
+        self._link.on_also_accept = self._foreign_slots.update
         loop.add_reader(self._link.fileno(), self._link.read)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminated, number)
@@ -156,15 +159,15 @@ class HTTPService:
     # --- serving ----------------------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
         for listener in self._listeners.values():
-            server = await loop.create_server(
-                self._protocol, sock=listener, ssl=self._config.ssl, backlog=self._settings.backlog
-            )
-            self._servers.append(server)
+            self._servers.append(await self._accept_from(listener))
         self._adopter.start()
         self._link.send(Opened())
         self._balance()
+
+    async def _accept_from(self, listener: socket.socket) -> asyncio.Server:
+        loop, backlog = asyncio.get_running_loop(), self._settings.backlog
+        return await loop.create_server(self._protocol, sock=listener, ssl=self._config.ssl, backlog=backlog)
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
@@ -192,6 +195,7 @@ class HTTPService:
         date = [(b"date", formatdate(time.time(), usegmt=True).encode())] if self._config.date_header else []
         self._state.default_headers = date + self._config.encoded_headers
         self._state.publish()
+        self._counters.own[HEARTBEAT] += 1
         now = asyncio.get_running_loop().time()
         for connection in self._state.connections:
             _ours(connection).observe(now)
@@ -238,8 +242,11 @@ class HTTPService:
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master
-        ending = [self._listeners[name] for name in self._link.ending_listeners if name in self._listeners]
-        await stop_accepting(self._servers, ending, self._protocol, self._config.ssl)
+        servers, sockets = await self._foreign_slots.close()
+        for name, listener in self._listeners.items():
+            sockets.setdefault(name, []).append(listener)
+        ending = [one for name in self._link.ending_listeners for one in sockets.get(name, ())]
+        await stop_accepting([*self._servers, *servers], ending, self._protocol, self._config.ssl)
         await self._until_idle()
         if not self._link.moves and self._adopts and not self._link.is_orphan:
             await self._until_nobody_sends()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from handoff.channel import Channel, ChannelBroken, ChannelClosed
 from handoff.core.messages import (
     PROTOCOL,
+    AlsoAccept,
     Boot,
     Drain,
     Hello,
@@ -30,7 +31,7 @@ class Link:
     (a drain may hand connections over).
 
     `on_change` is called after a message changed one of them; `on_report` makes the answer to a status request;
-    `on_receivers` takes a list of receivers, and owns its fds.
+    `on_receivers` takes a list of receivers, `on_also_accept` sockets of other slots; they own the fds.
     Owns the channel.
     """
 
@@ -45,6 +46,7 @@ class Link:
         """Nobody accepts from these after us."""
         self.on_change: Callable[[], None] = lambda: None
         self.on_receivers: Callable[[Receivers, list[int]], None] = _close_all
+        self.on_also_accept: Callable[[AlsoAccept, list[int]], None] = _close_all
         self.on_report: Callable[[int], Holds] = lambda request: Holds(request=request, total=0, holds=())
 
     def fileno(self) -> int:
@@ -92,6 +94,9 @@ class Link:
                 self.on_receivers(message, fds)
                 changed = True
                 continue
+            if isinstance(message, AlsoAccept):
+                self.on_also_accept(message, fds)
+                continue
             for fd in fds:
                 os.close(fd)
             changed = self._take(message) or changed
@@ -131,7 +136,7 @@ class Link:
             self.on_change()
 
 
-def _close_all(_message: Receivers, fds: list[int]) -> None:
-    """Of a program that hands nothing over."""
+def _close_all(_message: Message, fds: list[int]) -> None:
+    """Of a program that hands nothing over, or has its own sockets only."""
     for fd in fds:
         os.close(fd)

@@ -1,0 +1,56 @@
+"""Accepting from the sockets of other slots, as long as nobody else does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+from handoff.core.messages import AlsoAccept
+from handoff.worker.accepting import stop_accepting
+
+
+class ForeignSlots:
+    """What this worker accepts from beside its own listeners. Owns those sockets."""
+
+    def __init__(self, serve: Callable[[socket.socket], Awaitable[asyncio.Server]]) -> None:
+        self._serve = serve
+        self._servers: dict[tuple[str, int], tuple[socket.socket, asyncio.Server]] = {}
+        self._last: asyncio.Future[None] | None = None
+        self._is_closed = False
+
+    def update(self, message: AlsoAccept, fds: Sequence[int]) -> None:
+        """Accept from these sockets and no others; the fds are ours, one for each that is new."""
+        task = asyncio.ensure_future(self._update(self._last, message, list(fds)))
+        self._last = task
+
+    async def _update(self, last: asyncio.Future[None] | None, message: AlsoAccept, fds: list[int]) -> None:
+        if last is not None:  # in order
+            await last
+        new = iter(fds)
+        for info in message.sockets:
+            if info.is_new:
+                fd = next(new)
+                if self._is_closed:
+                    os.close(fd)
+                    continue
+                listener = socket.socket(fileno=fd)
+                listener.setblocking(False)
+                self._servers[info.name, info.slot] = (listener, await self._serve(listener))
+        wanted = {(info.name, info.slot) for info in message.sockets}
+        gone = [self._servers.pop(key)[1] for key in list(self._servers) if key not in wanted]
+        if gone:
+            await stop_accepting(gone)
+
+    async def close(self) -> tuple[list[asyncio.Server], dict[str, list[socket.socket]]]:
+        """Nothing new from now on: the servers, to be closed, and their sockets by the name of the listener."""
+        self._is_closed = True
+        if self._last is not None:
+            await self._last
+        servers = [server for _, server in self._servers.values()]
+        sockets: dict[str, list[socket.socket]] = {}
+        for (name, _), (listener, _) in self._servers.items():
+            sockets.setdefault(name, []).append(listener)
+        self._servers.clear()
+        return servers, sockets
