@@ -136,7 +136,7 @@ class Service:
         """Start, and wait for the first commit."""
         self.launch()
         found = self.stderr.wait_for(r'handoff serving .*addresses=(\S+)|"serving".*"addresses": "([^"]*)"')
-        ports = re.findall(r":(\d+)(?![\d.])", found.group(1) or found.group(2) or "")
+        ports = re.findall(r":(\d+)(?:,|$)", found.group(1) or found.group(2) or "")
         self.port = int(ports[0]) if ports else 0
         return self
 
