@@ -145,8 +145,10 @@ def merge_settings(config: Config, launch: Launch, directory: str, environment: 
     _check_what_runs(values, given, typed, config)
     if values.get("app", "").endswith("()"):
         values |= {"app": values["app"].removesuffix("()"), "factory": True}
-    if values.get("log_config") is not None:
-        values["log_config"] = os.path.join(directory, values["log_config"])
+    for field in ("log_config", "tls_cert", "tls_key", "tls_ca"):
+        if values.get(field) is not None:
+            values[field] = os.path.join(directory, values[field])
+    _check_tls(values)
     return Settings(**values)
 
 
@@ -170,6 +172,12 @@ def _check_what_runs(values: dict[str, Any], given: Mapping[str, Any], typed: se
     useless = next((field for field in ONLY_FOR_COMMANDS if field in typed), None)
     if useless is not None:
         raise UsageError(f"{OPTIONS_BY_FIELD[useless].key}: is for commands; leave it out for an application")
+
+
+def _check_tls(values: Mapping[str, Any]) -> None:
+    for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_ca", "tls_cert")):
+        if values.get(one) is not None and values.get(other) is None:
+            raise UsageError(f"{one}: needs {other}, which is not given; give both")
 
 
 def _toml_problem(message: str, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import shlex
@@ -201,6 +202,16 @@ def _check_headers(value: tuple[tuple[str, str], ...]) -> None:
             raise ValueError(f"header {name} has a character that no header can; expected printable Latin-1")
 
 
+def _check_proxy_from(value: tuple[str, ...]) -> None:
+    _check_length(value)
+    for one in value:
+        try:
+            good = one == "unix" or ipaddress.ip_network(one)
+        except ValueError as error:
+            raise ValueError(f"{shown_value(one)} is no network ({error}); expected {_A_NETWORK}") from None
+        assert good
+
+
 def _check_length(value: tuple[Any, ...]) -> None:
     if len(value) > MAX_LIST_LENGTH:
         raise ValueError(f"has {len(value)} entries; expected at most {MAX_LIST_LENGTH}")
@@ -228,6 +239,7 @@ def _is_plain(value: Any) -> bool:
 # The options
 
 _SURGE = f'expected a whole number from 1 to {MAX_WORKERS}, or "all"'
+_A_NETWORK = 'an address, a network such as 10.0.0.0/8, or "unix"'
 _A_CHECK = "a path that begins with /, or a URL that begins with http://"
 
 
@@ -321,6 +333,9 @@ OPTIONS = {
         _duration("request_timeout", is_zero_good=False),
         _number("limit_concurrency", 1, 1_000_000),
         _named("forwarded_allow_ips", _read_forwarded, _matches(str.isprintable, "printable text")),
+        _choice("proxy_protocol", "off", "accept", "require"),
+        _named("proxy_from", _texts(f"{_A_NETWORK}, or a list of them"), _check_proxy_from),
+        *(_matching(f"tls_{file}", _is_path, "the path of a file") for file in ("cert", "key", "ca")),
         _matching("root_path", lambda path: re.fullmatch(r"(?:/[!-~]*)?", path), "a path that begins with /"),
         _named("header", _read_headers, _check_headers, "headers"),
         _flag("access_log"),
@@ -351,7 +366,7 @@ ONLY_FOR_APPLICATIONS = (
         "request_timeout_seconds",
     ),
     *("limit_concurrency", "forwarded_allow_ips", "root_path", "headers", "access_log", "websockets", "log_config"),
-    *("generation_header", "uvicorn"),
+    *("generation_header", "uvicorn", "proxy_protocol", "proxy_from", "tls_cert", "tls_key", "tls_ca"),
 )
 ONLY_ON_COMMAND_LINE = {
     "describe": "it stands in for the file, use --describe",

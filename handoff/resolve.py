@@ -17,7 +17,7 @@ from handoff.env_file import read_env_file
 from handoff.errors import HandoffError, UsageError
 from handoff.settings import Launch, Pins, Settings
 
-_PATH_OVERRIDES = ("log_config", "run_dir", "pidfile", "status_file")
+_PATH_OVERRIDES = ("log_config", "tls_cert", "tls_key", "tls_ca", "run_dir", "pidfile", "status_file")
 
 
 def make_launch(

@@ -76,6 +76,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     root_path: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     access_log: bool = True
+    proxy_protocol: Literal["off", "accept", "require"] = "off"
+    proxy_from: tuple[str, ...] = ()
+    """Networks whose PROXY headers are believed; `unix` stands for peers on a unix socket. Empty: what is local."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    """Clients must show a certificate that one of these has signed."""
     websockets: Literal["hand-over", "close"] = "close"
     log_format: LogFormat = "text"
     log_config: str | None = None

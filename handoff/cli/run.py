@@ -107,6 +107,20 @@ _COMMAND = "handoff.command"
 @click.option("--request-timeout", type=Duration(), help="For one request, start to end. Default none.")
 @click.option("--limit-concurrency", type=int, help="Beyond so many requests at once a worker answers 503.")
 @click.option("--forwarded-allow-ips", metavar="LIST", help="Proxies whose X-Forwarded-* are believed.")
+@click.option(
+    "--proxy-protocol",
+    type=click.Choice(["off", "accept", "require"]),
+    help="Whether connections may, or must, begin with a header of the PROXY protocol. Default off.",
+)
+@click.option(
+    "--proxy-from",
+    multiple=True,
+    metavar="CIDR",
+    help="Whose PROXY headers are believed; unix for unix sockets; repeatable. Default loopback and unix.",
+)
+@click.option("--tls-cert", metavar="FILE", help="Serve TLS with this chain of certificates; read at each reload.")
+@click.option("--tls-key", metavar="FILE", help="Its key.")
+@click.option("--tls-ca", metavar="FILE", help="Clients must show a certificate signed by one of these.")
 @click.option("--root-path", help="The path that the application is mounted under.")
 @click.option("--header", multiple=True, metavar="K:V", help="Added to each response; repeatable.")
 @click.option("--access-log/--no-access-log", default=None, help="On by default.")

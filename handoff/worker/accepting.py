@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 MAXIMUM_QUEUED = 4096
 """How many queued connections of an ending listener are let in; net.core.somaxconn is not larger by default."""
@@ -14,12 +14,23 @@ _TURNS = 8
 """asyncio makes a task of an accepted socket, then a transport, then calls connection_made: four turns of the loop;
 uvloop needs one. Seen: without this, 1 of 42,000 connections over 20 reloads was closed unanswered."""
 
+LetIn = Callable[[socket.socket], Awaitable[Any]]
+"""Takes an accepted connection, non-blocking, and owns it."""
+
+
+class Server(Protocol):
+    """What is asked of an asyncio.Server, or of what stands in for one."""
+
+    @property
+    def sockets(self) -> Sequence[Any]: ...
+
+    def close(self) -> None: ...
+
 
 async def stop_accepting(
-    servers: Iterable[asyncio.Server],
+    servers: Iterable[Server],
     ending: Iterable[socket.socket] = (),
-    protocol_factory: Callable[[], asyncio.BaseProtocol] | None = None,
-    tls: ssl.SSLContext | None = None,
+    let_in: LetIn | None = None,
 ) -> None:
     """Close the servers, and return when every connection that they accepted has reached its protocol.
 
@@ -32,9 +43,9 @@ async def stop_accepting(
         for serving in server.sockets:
             asyncio.get_running_loop().remove_reader(serving.fileno())
     await _let_turns_pass()
-    if protocol_factory is not None:
+    if let_in is not None:
         for listener in ending:
-            await _accept_queued(listener, protocol_factory, tls)
+            await _accept_queued(listener, let_in)
     for server in servers:
         server.close()
     await _let_turns_pass()
@@ -45,10 +56,7 @@ async def _let_turns_pass() -> None:
         await asyncio.sleep(0)
 
 
-async def _accept_queued(
-    listener: socket.socket, protocol_factory: Callable[[], asyncio.BaseProtocol], tls: ssl.SSLContext | None
-) -> None:
-    loop = asyncio.get_running_loop()
+async def _accept_queued(listener: socket.socket, let_in: LetIn) -> None:
     for _ in range(MAXIMUM_QUEUED):
         try:
             connection, _ = listener.accept()
@@ -56,4 +64,4 @@ async def _accept_queued(
             return
         connection.setblocking(False)
         with contextlib.suppress(OSError):  # it went away again
-            await loop.connect_accepted_socket(protocol_factory, connection, ssl=tls)
+            await let_in(connection)

@@ -16,6 +16,7 @@ from uvicorn.logging import DefaultFormatter  # noqa: F401  (handoff's and uvico
 from handoff.channel import worker_end
 from handoff.core.messages import Boot, Failed
 from handoff.counters import WorkerCounters
+from handoff.settings import Settings
 from handoff.worker.context import Claims, current
 from handoff.worker.http import HTTPService
 from handoff.worker.library import AsyncWorker, Worker
@@ -57,8 +58,7 @@ def _serve(boot: Boot, link: Link) -> None:
     interface = interface_of(application) if settings.interface == "auto" else settings.interface
     if interface == "handoff":
         _refuse_check(boot)
-        if settings.listen_mode != "shared":
-            raise BootFailure("listen-mode reuseport: is for ASGI and WSGI applications; leave the option out")
+        _refuse_for_programs(settings)
         _run_main(application, boot, link, claims, counters)
         return
     if interface == "wsgi":
@@ -113,6 +113,18 @@ def _run(boot: Boot, main: Callable[[], Any]) -> None:
     factory = uvloop.new_event_loop if boot.settings.loop == "uvloop" else asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main())
+
+
+def _refuse_for_programs(settings: Settings) -> None:
+    """A program accepts by itself."""
+    asked = {
+        "listen-mode reuseport": settings.listen_mode != "shared",
+        f"proxy-protocol {settings.proxy_protocol}": settings.proxy_protocol != "off",
+        "tls-cert": settings.tls_cert is not None,
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            raise BootFailure(f"{option}: is for ASGI and WSGI applications; leave the option out")
 
 
 def _refuse_check(boot: Boot) -> None:

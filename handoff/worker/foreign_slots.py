@@ -8,15 +8,15 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 from handoff.core.messages import AlsoAccept
-from handoff.worker.accepting import stop_accepting
+from handoff.worker.accepting import Server, stop_accepting
 
 
 class ForeignSlots:
     """What this worker accepts from beside its own listeners. Owns those sockets."""
 
-    def __init__(self, serve: Callable[[socket.socket], Awaitable[asyncio.Server]]) -> None:
+    def __init__(self, serve: Callable[[socket.socket], Awaitable[Server]]) -> None:
         self._serve = serve
-        self._servers: dict[tuple[str, int], tuple[socket.socket, asyncio.Server]] = {}
+        self._servers: dict[tuple[str, int], tuple[socket.socket, Server]] = {}
         self._last: asyncio.Future[None] | None = None
         self._is_closed = False
 
@@ -43,7 +43,7 @@ class ForeignSlots:
         if gone:
             await stop_accepting(gone)
 
-    async def close(self) -> tuple[list[asyncio.Server], dict[str, list[socket.socket]]]:
+    async def close(self) -> tuple[list[Server], dict[str, list[socket.socket]]]:
         """Nothing new from now on: the servers, to be closed, and their sockets by the name of the listener."""
         self._is_closed = True
         if self._last is not None:

@@ -22,10 +22,11 @@ from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketState
+from handoff.core.proxy_protocol import ProxyError
 from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
-from handoff.worker.accepting import stop_accepting
+from handoff.worker.accepting import Server, stop_accepting
 from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.check import request_self
@@ -35,9 +36,11 @@ from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import BAD_CONFIGURATION, log_config
 from handoff.worker.measured import MeasuredHTTPProtocol
 from handoff.worker.protocol import HTTPProtocol
+from handoff.worker.proxied import RawServer, Rules, log_bad_beginning, read_beginning
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
 from handoff.worker.timeout import RequestTimeout
+from handoff.worker.tls import server_context
 from handoff.worker.websocket import WebSocketProtocol
 
 LINGER_SECONDS = 2.0
@@ -79,7 +82,10 @@ class HTTPService:
         self._state.hands_websockets_over = WEBSOCKET in self._adopts
         self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
         self._changed = asyncio.Event()
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[Server] = []
+        self._proxy_rules: Rules | None = None
+        if self._settings.proxy_protocol != "off":
+            self._proxy_rules = Rules(self._settings.proxy_protocol, self._settings.proxy_from)
         self._foreign_slots = ForeignSlots(self._accept_from)
 
     async def run(self) -> None:
@@ -165,9 +171,42 @@ class HTTPService:
         self._link.send(Opened())
         self._balance()
 
-    async def _accept_from(self, listener: socket.socket) -> asyncio.Server:
+    async def _accept_from(self, listener: socket.socket) -> Server:
+        if self._proxy_rules is not None:
+            return RawServer(listener, self._take_raw)
         loop, backlog = asyncio.get_running_loop(), self._settings.backlog
         return await loop.create_server(self._protocol, sock=listener, ssl=self._config.ssl, backlog=backlog)
+
+    async def _let_in(self, connection: socket.socket) -> None:
+        """Serve a connection that was accepted just now; it is ours."""
+        if self._proxy_rules is not None:
+            self._take_raw(connection)
+        else:
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(self._protocol, connection, ssl=self._config.ssl)
+
+    def _take_raw(self, connection: socket.socket) -> None:
+        """A drain waits for it, as for one that is adopted."""
+        task = asyncio.ensure_future(self._begin(connection))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopted)
+
+    async def _begin(self, connection: socket.socket) -> None:
+        """Read the header of the PROXY protocol, then serve."""
+        assert self._proxy_rules is not None
+        try:
+            client, data = await read_beginning(connection, self._proxy_rules)
+        except (ProxyError, TimeoutError, EOFError, OSError) as error:
+            log_bad_beginning(connection, error)
+            connection.close()
+            return
+        except BaseException:
+            connection.close()
+            raise
+        tls = self._config.ssl
+        state = HTTPState(client=client, scheme="http" if tls is None else "https")
+        protocol = self._http(self._config, self._state, self._lifespan.state, adopted=(state, data))
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection, ssl=tls)
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
@@ -246,7 +285,7 @@ class HTTPService:
         for name, listener in self._listeners.items():
             sockets.setdefault(name, []).append(listener)
         ending = [one for name in self._link.ending_listeners for one in sockets.get(name, ())]
-        await stop_accepting([*self._servers, *servers], ending, self._protocol, self._config.ssl)
+        await stop_accepting([*self._servers, *servers], ending, self._let_in)
         await self._until_idle()
         if not self._link.moves and self._adopts and not self._link.is_orphan:
             await self._until_nobody_sends()
@@ -385,6 +424,7 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
             headers=headers,
         )
         config.load()
+        config.ssl = server_context(settings) or config.ssl
     except BAD_CONFIGURATION as error:
         raise BootFailure(f"uvicorn does not take these settings: {error}") from None
     assert config.lifespan_class in (LifespanOn, LifespanOff)

@@ -295,7 +295,7 @@ class AsyncWorker(_Identity):
             adopter.stop()  # our replacement reads on, or the master
         for name, server in zip(sockets, servers, strict=True):
             ending = [sockets[name]] if name in self._link.ending_listeners else []
-            await stop_accepting([server], ending, factories[name])
+            await stop_accepting([server], ending, partial(loop.connect_accepted_socket, factories[name]))
         await self._until_empty()
         if moves and not self._link.moves and not self._link.is_orphan:
             await self._until_nobody_sends(adopter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, cast
 
 import pytest
@@ -62,6 +62,11 @@ class Counted(asyncio.Protocol):
         self._made[-1].write(b"hello")
 
 
+def letting_in(made: list[Any]) -> Callable[[socket.socket], Awaitable[Any]]:
+    loop = asyncio.get_running_loop()
+    return lambda connection: loop.connect_accepted_socket(lambda: Counted(made), connection)
+
+
 async def hang_up(made: list[asyncio.Transport]) -> None:
     for transport in made:
         transport.close()
@@ -73,7 +78,7 @@ def test_queued_clients_of_a_listener_that_ends_are_let_in(run: Any, listener: s
 
     async def main() -> None:
         clients = connect(COUNT)
-        await stop_accepting([], [listener], lambda: Counted(made))
+        await stop_accepting([], [listener], letting_in(made))
         assert len(made) == COUNT
         await hang_up(made)
         assert [await asyncio.to_thread(client.recv, 100) for client in clients] == [b"hello"] * COUNT
@@ -88,7 +93,7 @@ def test_queued_clients_of_a_listener_that_stays_are_left_for_the_others(
 
     async def main() -> None:
         connect(COUNT)
-        await stop_accepting([], [], lambda: Counted(made))
+        await stop_accepting([], [], letting_in(made))
         assert made == []
         for _ in range(COUNT):
             listener.accept()[0].close()
@@ -164,7 +169,7 @@ def test_a_serving_listener_that_ends_lets_in_everybody(run: Any, listener: sock
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: Counted(made), sock=listener, backlog=4 * COUNT)
         connect(COUNT)
-        await stop_accepting([server], [listener], lambda: Counted(made))
+        await stop_accepting([server], [listener], letting_in(made))
         assert len(made) == COUNT
         await hang_up(made)
 
@@ -177,7 +182,7 @@ def test_a_client_that_went_away_while_queued_harms_no_other(run: Any, listener:
     async def main() -> None:
         gone, stays = connect(2)
         gone.close()
-        await stop_accepting([], [listener], lambda: Counted(made))
+        await stop_accepting([], [listener], letting_in(made))
         assert await asyncio.to_thread(stays.recv, 100) == b"hello"
         await hang_up(made)
 

@@ -1,0 +1,115 @@
+"""`--tls-cert` and its like: served from the start, taken anew at each reload, refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.system.certificates import certificate
+from tests.system.harness import DEADLINE_SECONDS, Clients, Service, read_response
+
+APP = """
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    body = scope["scheme"].encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+"""
+PAIR = ("--tls-cert", "cert.pem", "--tls-key", "key.pem")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "main.py").write_text(APP)
+    certificate(tmp_path)
+    return tmp_path
+
+
+def trusting(directory: Path, name: str = "") -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(directory / f"{name}cert.pem"))
+
+
+def ask(service: Service, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """One request on a new connection, which is returned."""
+    with contextlib.ExitStack() as undo:
+        plain = undo.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS))
+        connection = undo.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        status, _, body = read_response(connection)
+        assert (status, body) == (200, b"https")
+        undo.pop_all()
+        return connection
+
+
+def test_a_reload_takes_new_files_and_a_bad_pair_rolls_back(directory: Path) -> None:
+    with Service(directory, *PAIR) as service:
+        first = trusting(directory)
+        with ask(service, first) as connection:
+            assert connection.version() in ("TLSv1.2", "TLSv1.3")
+            certificate(directory)
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+        second = trusting(directory)
+        ask(service, second).close()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            ask(service, first)
+        certificate(directory, "other-")
+        (directory / "key.pem").write_bytes((directory / "other-key.pem").read_bytes())
+        answer = service.ask({"type": "reload"})
+        assert answer["exit_code"] == 3
+        assert "is not the key of tls-cert" in answer["message"]
+        ask(service, second).close()
+
+
+def test_clients_must_show_a_certificate_where_a_ca_is_given(directory: Path) -> None:
+    certificate(directory, "client-", subject="client")
+    with Service(directory, *PAIR, "--tls-ca", "client-cert.pem") as service:
+        known = trusting(directory)
+        known.load_cert_chain(directory / "client-cert.pem", directory / "client-key.pem")
+        ask(service, known).close()
+        with pytest.raises((ssl.SSLError, ConnectionError, EOFError)):
+            ask(service, trusting(directory))
+
+
+def test_reloads_lose_no_new_connection_of_tls(directory: Path) -> None:
+    with Service(directory, *PAIR, "--workers", "2") as service:
+        context = trusting(directory)
+        with Clients(lambda: ask(service, context).close(), 4) as clients:
+            for _ in range(3):
+                assert service.ask({"type": "reload"})["exit_code"] == 0
+                clients.more(20)
+        clients.assert_none_failed()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--tls-cert", "cert.pem"), "tls_cert: needs tls_key, which is not given; give both"),
+        (("--tls-key", "key.pem"), "tls_key: needs tls_cert, which is not given; give both"),
+        (("--tls-cert", "gone.pem", "--tls-key", "key.pem"), "gone.pem: cannot be read (No such file or directory)"),
+        (("--tls-cert", "main.py", "--tls-key", "key.pem"), "are no certificate and key in PEM"),
+        ((*PAIR, "--tls-ca", "main.py"), "main.py: holds no certificates in PEM"),
+        (("--tls-cert", "cert.pem", "--tls-key", "locked.pem"), "tls-key: is encrypted, and nobody is there to type"),
+    ],
+)
+def test_bad_files_end_the_start_with_one_line(directory: Path, arguments: tuple[str, ...], problem: str) -> None:
+    command = ["openssl", "ec", "-in", "key.pem", "-aes256", "-passout", "pass:secret", "-out", "locked.pem"]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    service = Service(directory, *arguments).launch()
+    assert service.wait() in (1, 2)
+    said = service.stderr.finish()
+    assert problem in said
+    assert "Traceback" not in said
+    service.__exit__()
+
+
+def test_two_ways_of_saying_it_are_refused(directory: Path) -> None:
+    (directory / "handoff.toml").write_text('[uvicorn]\nssl_certfile = "cert.pem"\nssl_keyfile = "key.pem"\n')
+    service = Service(directory, *PAIR).launch()
+    assert service.wait() == 1
+    assert "tls-cert and [uvicorn] ssl_*: say the same thing twice; leave one out" in service.stderr.finish()
+    service.__exit__()
