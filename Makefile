@@ -52,6 +52,7 @@ check: $(VENV)/check.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench.instructions
 	$(BIN)/python -m bench.steady
+	$(BIN)/python -m bench.listen_modes
 	$(BIN)/python -m bench.boot
 	$(BIN)/python -m bench.moves
 	$(BIN)/python -m bench.reload $(ARGS)
