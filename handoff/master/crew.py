@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -382,6 +383,8 @@ class Crew:
         self._hear(process, sys.maxsize)  # its last words come before its exit
         if process.foreign is not None:
             process.foreign.hear_last()
+            if not process.foreign.is_ready:
+                how += f" (its log is {_place_of_logs()})"
         self._close_channel(process)
         self._closed_deadlines.pop(process.worker, None)
         self._loop.forget(process.pidfd)
@@ -390,6 +393,15 @@ class Crew:
         self._counters.give_back(process.boot.counters_row)
         del self._processes[process.worker]
         self._on_event(WorkerExited(process.worker, how, post_mortem))
+
+
+def _place_of_logs() -> str:
+    """Where workers write to, as we do: their standard error is ours."""
+    with contextlib.suppress(OSError):
+        place = os.readlink("/proc/self/fd/2")
+        if place.startswith("/"):
+            return place
+    return "the standard error of the service"
 
 
 def _foreign_command(

@@ -128,6 +128,10 @@ class ForeignWorker:
     def opened(self) -> None:
         self._on_event(OpenedSaid(self.worker))
 
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
     def may_drain(self) -> bool:
         """True for the first time only: a second signal may mean something else to the command."""
         was, self._is_leaving = self._is_leaving, True

@@ -124,7 +124,11 @@ def test_what_a_command_left_behind_is_ended_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "options", "problem"),
     [
-        (["speaker.py", "exit"], ("--ready-after", "1m"), "exited with status 3 while it was loading the model"),
+        (
+            ["speaker.py", "exit"],
+            ("--ready-after", "1m"),
+            "exited with status 3 (its log is the standard error of the service) while it was loading the model",
+        ),
         (["speaker.py", "hang"], ("--dialect", "systemd", "--boot-timeout", "1s"), "it was loading the model"),
         (["-c", "import os; os.abort()"], ("--ready-after", "1m"), "was killed by SIGABRT"),
     ],
