@@ -1,0 +1,1 @@
+"""What decides, without I/O: which backend, and whether it may get connections."""
