@@ -1,0 +1,1 @@
+"""The data plane: sockets on a selectors loop."""

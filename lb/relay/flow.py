@@ -1,0 +1,153 @@
+"""One direction of a relayed connection: bytes from a source socket to a sink socket, in order, with the same ending.
+
+Small exchanges are received and sent. Once the direction turns out to be bulk its bytes go through a pipe with
+splice(2), and never into this process. At most one chunk, or one pipe, lies between the two sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import os
+import socket
+
+CHUNK_BYTES = 64 * 1024
+PIPE_BYTES = 1024 * 1024
+BULK_CHUNKS = 4
+"""So many full chunks in a row make a direction bulk. A pipe for each connection would cost more than it gives."""
+SPLICES_PER_TURN = 2
+_SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+class Result(enum.Enum):
+    """Of one `pump` or `flush`."""
+
+    OPEN = "open"
+    """Nothing to do but wait for the source."""
+    BLOCKED = "blocked"
+    """The sink takes no more for now: do not read on, flush when it can be written."""
+    ENDED = "ended"
+    """The source sends no more, and all of it is delivered: shut the sink's writing down."""
+    RESET = "reset"
+    """The source was reset, and what came before is delivered: reset the sink."""
+    SINK_GONE = "sink gone"
+    """The sink takes nothing any more. What comes from it may still be worth reading."""
+
+
+class Flow:
+    """Borrows both sockets, which do not block. Owns its pipe."""
+
+    __slots__ = ("_full_chunks", "_pending", "_pipe", "_piped", "_recv", "_send", "_sink", "_source", "total")
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self._source, self._sink = source.fileno(), sink.fileno()
+        self._recv, self._send = source.recv, sink.send
+        self._pending: memoryview | None = None
+        self._pipe: tuple[int, int] | None = None
+        self._piped = 0
+        self._full_chunks = 0
+        self.total = 0
+        """Bytes taken from the source."""
+
+    @property
+    def has_pending(self) -> bool:
+        return self._pending is not None or self._piped > 0
+
+    @property
+    def is_bulk(self) -> bool:
+        return self._pipe is not None
+
+    def put(self, data: bytes) -> None:
+        """Bytes that go before everything else. Only before the first pump; flush then."""
+        assert not self.has_pending
+        self._pending = memoryview(data) if data else None
+
+    def pump(self) -> Result:
+        """The source can be read, and nothing is pending."""
+        if self._pipe is not None:
+            return self._splice(*self._pipe)
+        try:
+            data = self._recv(CHUNK_BYTES)
+        except BlockingIOError:
+            return Result.OPEN
+        except OSError:
+            return Result.RESET
+        size = len(data)
+        if size == 0:
+            return Result.ENDED
+        self.total += size
+        try:
+            sent = self._send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return Result.SINK_GONE
+        if size == CHUNK_BYTES:
+            self._full_chunks += 1
+            if self._full_chunks == BULK_CHUNKS:
+                self._pipe = _pipe()
+        else:
+            self._full_chunks = 0
+        if sent == size:
+            return Result.OPEN
+        self._pending = memoryview(data)[sent:]
+        return Result.BLOCKED
+
+    def flush(self) -> Result:
+        """The sink can be written."""
+        try:
+            if self._pending is not None:
+                sent = self._send(self._pending)
+                self._pending = self._pending[sent:] if sent < len(self._pending) else None
+                if self._pending is not None:
+                    return Result.BLOCKED
+            if self._piped and self._pipe is not None:
+                self._piped -= os.splice(self._pipe[0], self._sink, self._piped, flags=_SPLICE_FLAGS)
+        except BlockingIOError:
+            return Result.BLOCKED
+        except OSError:
+            return Result.SINK_GONE
+        if self._piped:
+            return Result.BLOCKED
+        return Result.OPEN
+
+    def close(self) -> None:
+        if self._pipe is not None:
+            for end in self._pipe:
+                os.close(end)
+            self._pipe, self._piped = None, 0
+        self._pending = None
+
+    def _splice(self, reader: int, writer: int) -> Result:
+        for _ in range(SPLICES_PER_TURN):
+            try:
+                taken = os.splice(self._source, writer, PIPE_BYTES, flags=_SPLICE_FLAGS)
+            except BlockingIOError:
+                return Result.OPEN
+            except OSError:
+                return Result.RESET
+            if taken == 0:
+                return Result.ENDED
+            self.total += taken
+            self._piped = taken
+            try:
+                self._piped -= os.splice(reader, self._sink, taken, flags=_SPLICE_FLAGS)
+            except BlockingIOError:
+                return Result.BLOCKED
+            except OSError:
+                return Result.SINK_GONE
+            if self._piped:
+                return Result.BLOCKED
+        return Result.OPEN
+
+
+def _pipe() -> tuple[int, int] | None:
+    """None where there can be none: then the direction goes on as it did."""
+    try:
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # pipe(7): past the user's limit of pages it stays small
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return reader, writer
