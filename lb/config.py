@@ -1,0 +1,280 @@
+"""Reading `lb.toml`: every key is checked, and what is wrong is told with its line and the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from handoff.addresses import Bind, parse_bind
+from handoff.durations import MAX_DURATION_SECONDS, parse_duration
+from handoff.errors import UsageError
+from handoff.option_table import is_service_name, shown_value
+from lb.core.choice import ALGORITHMS, MAXIMUM_WEIGHT
+from lb.core.model import Backend, Balancer, Check, Service, Timeouts
+from lb.positions import Path, Positions
+
+MAXIMUM_RELAYS = 64
+MAXIMUM_BACKENDS = 1000
+MAXIMUM_SERVICES = 256
+_TOKEN = re.compile(r"[A-Z]{1,16}")
+_HTTP_PATH = re.compile(r"/[!-~]*")
+_HOST = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,253}")
+_NAME = "up to 64 letters, digits and . _ -"
+
+Read = Callable[[Any], Any]
+
+
+def parse_config(text: str, shown: str) -> Balancer:
+    """The balancer that the text describes; `shown` is the file as it is called in messages. Raises UsageError."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{shown}: {str(error)[:1].lower()}{str(error)[1:]}") from None
+    return _Reader(shown, Positions(text)).balancer(table)
+
+
+class _Reader:
+    """Takes tables apart. Whatever it raises names the file, the line and the key."""
+
+    def __init__(self, shown: str, positions: Positions) -> None:
+        self._shown = shown
+        self._positions = positions
+
+    def balancer(self, table: dict[str, Any]) -> Balancer:
+        self._refuse_unknown((), table, {"balancer", "service"})
+        own = self._fields(("balancer",), table.get("balancer", {}), _BALANCER)
+        listed = table.get("service", [])
+        if not isinstance(listed, list) or not listed:
+            self._fail(("service",), "service", "expected tables [[service]], at least one")
+        if len(listed) > MAXIMUM_SERVICES:
+            self._fail(("service",), "service", f"there are {len(listed)}; expected at most {MAXIMUM_SERVICES}")
+        services = tuple(self._service(("service", index), one) for index, one in enumerate(listed))
+        self._refuse_twice([(("service", index, "name"), one.name) for index, one in enumerate(services)])
+        self._refuse_loops(services, own.get("admin"))
+        return Balancer(name=own.pop("name", "lb"), services=services, **own)
+
+    def _service(self, path: Path, table: Any) -> Service:
+        self._expect_table(path, table)
+        self._refuse_unknown(path, table, {*_SERVICE, *_TABLES_OF_SERVICE})
+        inner = {key: value for key, value in table.items() if key in _TABLES_OF_SERVICE}
+        own = self._fields(path, {key: value for key, value in table.items() if key not in inner}, _SERVICE)
+        for key in ("name", "listen"):
+            if key not in own:
+                self._fail(path, key, "is missing")
+        pools = self._pools((*path, "pool"), inner.get("pool", {}))
+        active = own.pop("active", next(iter(pools)))
+        if active not in pools:
+            self._fail((*path, "active"), "active", f"there is no pool {active}; there are {', '.join(pools)}")
+        timeouts = Timeouts(**self._fields((*path, "timeouts"), inner.get("timeouts", {}), _TIMEOUTS))
+        check = Check(**self._fields((*path, "check"), inner["check"], _CHECK)) if "check" in inner else None
+        return Service(pools=pools, active=active, timeouts=timeouts, check=check, **own)
+
+    def _pools(self, path: Path, table: Any) -> dict[str, tuple[Backend, ...]]:
+        self._expect_table(path, table)
+        if not table:
+            self._fail(path, "pool", "expected at least one [service.pool.NAME]")
+        pools = {}
+        for name, pool in table.items():
+            inside = (*path, name)
+            if not is_service_name(name):
+                self._fail(inside, shown_value(name), f"is no name of a pool; expected {_NAME}")
+            self._expect_table(inside, pool)
+            self._refuse_unknown(inside, pool, {"backends"})
+            pools[name] = self._backends((*inside, "backends"), pool.get("backends", []))
+        return pools
+
+    def _backends(self, path: Path, listed: Any) -> tuple[Backend, ...]:
+        if not isinstance(listed, list):
+            self._fail(path, "backends", "expected a list of addresses, or of tables")
+        if len(listed) > MAXIMUM_BACKENDS:
+            self._fail(path, "backends", f"there are {len(listed)}; expected at most {MAXIMUM_BACKENDS}")
+        found = []
+        for one in listed:
+            values = self._fields(path, {"address": one} if isinstance(one, str) else one, _BACKEND)
+            if "address" not in values:
+                self._fail(path, "address", "is missing")
+            found.append(Backend(**{"name": values["address"], **values}))
+        self._refuse_twice([(path, one.name) for one in found])
+        return tuple(found)
+
+    def _fields(self, path: Path, table: Any, known: Mapping[str, tuple[str, Read]]) -> dict[str, Any]:
+        """The values of a table, under the names of the fields."""
+        self._expect_table(path, table)
+        self._refuse_unknown(path, table, set(known))
+        values = {}
+        for key, value in table.items():
+            field, read = known[key]
+            try:
+                values[field] = read(value)
+            except ValueError as error:
+                self._fail((*path, key), key, f"{shown_value(value)}: {error}")
+            except UsageError as error:
+                self._fail((*path, key), key, error.message)
+        return values
+
+    # --- refusing ---------------------------------------------------------------------------------------------------
+
+    def _expect_table(self, path: Path, table: Any) -> None:
+        if not isinstance(table, dict):
+            self._fail(path, str(path[-1]), "expected a table")
+
+    def _refuse_unknown(self, path: Path, table: dict[str, Any], known: set[str]) -> None:
+        for key in table:
+            if key not in known:
+                near = difflib.get_close_matches(key, sorted(known), n=1)
+                hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(sorted(known))}"
+                self._fail((*path, key), shown_value(key), f"is no key that is known here; {hint}")
+
+    def _refuse_twice(self, names: list[tuple[Path, str]]) -> None:
+        seen: set[str] = set()
+        for path, name in names:
+            if name in seen:
+                self._fail(path, name, "is there twice; give each a name of its own")
+            seen.add(name)
+
+    def _refuse_loops(self, services: tuple[Service, ...], admin: str | None) -> None:
+        """A listener of ours as a backend would relay to itself until nothing is left."""
+        own = [parse_bind(one) for service in services for one in service.listen] + (
+            [parse_bind(admin)] if admin else []
+        )
+        for index, service in enumerate(services):
+            for name, pool in service.pools.items():
+                for backend in pool:
+                    if any(_is_same(parse_bind(backend.address), one) for one in own):
+                        path = ("service", index, "pool", name, "backends")
+                        self._fail(path, backend.address, "is an address that this balancer listens on itself")
+
+    def _fail(self, path: Path, subject: str, problem: str) -> None:
+        line = self._positions.line(path)
+        where = self._shown if line is None else f"{self._shown}: line {line}"
+        separator = " " if problem.startswith("is ") else ": "
+        raise UsageError(f"{where}: {subject}{separator}{problem}")
+
+
+def _is_same(backend: Bind, listener: Bind) -> bool:
+    if backend.kind != listener.kind:
+        return False
+    if backend.kind != "tcp":
+        return backend.path == listener.path
+    anywhere = listener.host in ("0.0.0.0", "::") and backend.host in ("127.0.0.1", "::1", "localhost")
+    return backend.port == listener.port and (backend.host == listener.host or anywhere)
+
+
+# --- how values are read --------------------------------------------------------------------------------------------
+
+
+def _text(is_good: Callable[[str], object], expected: str) -> Read:
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or not is_good(value):
+            raise ValueError(f"expected {expected}")
+        return value
+
+    return read
+
+
+def _choice(*choices: str) -> Read:
+    return _text(choices.__contains__, " or ".join(f'"{one}"' for one in choices))
+
+
+def _number(low: int, high: int) -> Read:
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"expected a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def _read_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def _duration(value: Any) -> float:
+    if not isinstance(value, str):
+        raise ValueError('expected a duration such as "5s"')
+    seconds = parse_duration(value)
+    if not 0 < seconds <= MAX_DURATION_SECONDS:
+        raise ValueError("expected a duration above 0s and of at most 168h")
+    return seconds
+
+
+def _duration_or_none(value: Any) -> float | None:
+    return None if value == "none" else _duration(value)
+
+
+def _read_listen(value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not items or not all(isinstance(one, str) for one in items):
+        raise ValueError("expected an address, or a list of them")
+    for one in items:
+        if parse_bind(one).kind == "udp":
+            raise ValueError("expected addresses of TCP, unix: or fd://")
+    return tuple(items)
+
+
+def _read_address(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("expected HOST:PORT, [V6]:PORT or unix:PATH")
+    bind = parse_bind(value)
+    if bind.kind not in ("tcp", "unix") or bind.is_any_port or bind.name is not None:
+        raise ValueError("expected HOST:PORT, [V6]:PORT or unix:PATH")
+    return value
+
+
+def _read_status(value: Any) -> tuple[int, int]:
+    pair = [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+    read = _number(100, 599)
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise ValueError("expected a status, or a list of the lowest and the highest")
+    low, high = read(pair[0]), read(pair[1])
+    if low > high:
+        raise ValueError("expected the lowest first")
+    return low, high
+
+
+_BALANCER: dict[str, tuple[str, Read]] = {
+    "name": ("name", _text(is_service_name, _NAME)),
+    "relays": ("relays", _number(1, MAXIMUM_RELAYS)),
+    "admin": ("admin", _read_address),
+}
+_SERVICE: dict[str, tuple[str, Read]] = {
+    "name": ("name", _text(is_service_name, _NAME)),
+    "listen": ("listen", _read_listen),
+    "algorithm": ("algorithm", _choice(*ALGORITHMS)),
+    "active": ("active", _text(is_service_name, "the name of a pool")),
+    "send_proxy": ("send_proxy", _choice("off", "v1", "v2")),
+}
+_TABLES_OF_SERVICE = ("pool", "timeouts", "check")
+_BACKEND: dict[str, tuple[str, Read]] = {
+    "name": ("name", _text(is_service_name, _NAME)),
+    "address": ("address", _read_address),
+    "weight": ("weight", _number(0, MAXIMUM_WEIGHT)),
+    "maxconn": ("maxconn", _number(1, 1_000_000)),
+    "backup": ("backup", _read_flag),
+}
+_TIMEOUTS: dict[str, tuple[str, Read]] = {
+    "connect": ("connect_seconds", _duration),
+    "first_byte": ("first_byte_seconds", _duration_or_none),
+    "idle": ("idle_seconds", _duration_or_none),
+    "fin": ("fin_seconds", _duration_or_none),
+    "queue": ("queue_seconds", _duration),
+}
+_CHECK: dict[str, tuple[str, Read]] = {
+    "type": ("type", _choice("tcp", "http")),
+    "method": ("method", _text(_TOKEN.fullmatch, "a method such as GET")),
+    "path": ("path", _text(_HTTP_PATH.fullmatch, "a path that begins with /")),
+    "host": ("host", _text(_HOST.fullmatch, "a host name")),
+    "status": ("status", _read_status),
+    "body": ("body", _text(str.isprintable, "printable text")),
+    "port": ("port", _number(1, 65535)),
+    "interval": ("interval_seconds", _duration),
+    "fast_interval": ("fast_interval_seconds", _duration),
+    "timeout": ("timeout_seconds", _duration),
+    "rise": ("rise", _number(1, 100)),
+    "fall": ("fall", _number(1, 100)),
+}

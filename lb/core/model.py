@@ -1,0 +1,75 @@
+"""What `lb.toml` says, checked: services, pools, backends, checks and timeouts. Plain data; times in seconds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+AlgorithmName = Literal["roundrobin", "leastconn", "random", "source"]
+SendProxy = Literal["off", "v1", "v2"]
+
+
+class Backend(msgspec.Struct, frozen=True, kw_only=True):
+    """One address that connections are relayed to: HOST:PORT, [V6]:PORT or unix:PATH."""
+
+    name: str
+    address: str
+    weight: int = 1
+    maxconn: int | None = None
+    """Connections at once, over all relay workers; more wait in the service's queue."""
+    backup: bool = False
+    """It gets connections only while no other backend of its pool may."""
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """How health is asked for."""
+
+    type: Literal["tcp", "http"] = "tcp"
+    method: str = "GET"
+    path: str = "/"
+    host: str | None = None
+    status: tuple[int, int] = (200, 399)
+    """From, to: answers with another status have failed."""
+    body: str | None = None
+    """Must be found in the body."""
+    port: int | None = None
+    """Another one than that of the connections."""
+    interval_seconds: float = 2.0
+    fast_interval_seconds: float | None = None
+    """While the state is changing; None: a quarter of the interval."""
+    timeout_seconds: float = 1.0
+    rise: int = 2
+    fall: int = 3
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """None: none. `first_byte`: of the backend's answer; `idle`: nothing either way; `queue`: for a free place."""
+
+    connect_seconds: float = 5.0
+    first_byte_seconds: float | None = None
+    idle_seconds: float | None = 3600.0
+    fin_seconds: float | None = 60.0
+    queue_seconds: float = 10.0
+
+
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients connect to. Each pool is a set of backends; one is active."""
+
+    name: str
+    listen: tuple[str, ...]
+    algorithm: AlgorithmName = "roundrobin"
+    pools: dict[str, tuple[Backend, ...]]
+    active: str
+    send_proxy: SendProxy = "off"
+    timeouts: Timeouts = Timeouts()
+    check: Check | None = None
+
+
+class Balancer(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file."""
+
+    name: str
+    relays: int = 1
+    admin: str | None = None
+    services: tuple[Service, ...]
