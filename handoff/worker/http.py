@@ -172,18 +172,22 @@ class HTTPService:
         self._balance()
 
     async def _accept_from(self, listener: socket.socket) -> Server:
-        if self._proxy_rules is not None:
+        if self._begins_raw:
             return RawServer(listener, self._take_raw)
         loop, backlog = asyncio.get_running_loop(), self._settings.backlog
-        return await loop.create_server(self._protocol, sock=listener, ssl=self._config.ssl, backlog=backlog)
+        return await loop.create_server(self._protocol, sock=listener, backlog=backlog)
+
+    @property
+    def _begins_raw(self) -> bool:
+        """A header or a handshake comes before HTTP; a drain waits for it."""
+        return self._proxy_rules is not None or self._config.ssl is not None
 
     async def _let_in(self, connection: socket.socket) -> None:
         """Serve a connection that was accepted just now; it is ours."""
-        if self._proxy_rules is not None:
+        if self._begins_raw:
             self._take_raw(connection)
         else:
-            loop = asyncio.get_running_loop()
-            await loop.connect_accepted_socket(self._protocol, connection, ssl=self._config.ssl)
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
 
     def _take_raw(self, connection: socket.socket) -> None:
         """A drain waits for it, as for one that is adopted."""
@@ -192,8 +196,7 @@ class HTTPService:
         task.add_done_callback(self._adopted)
 
     async def _begin(self, connection: socket.socket) -> None:
-        """Read the header of the PROXY protocol, then serve."""
-        assert self._proxy_rules is not None
+        """Read the header of the PROXY protocol, if there is to be one; shake hands for TLS; then serve."""
         try:
             client, data = await read_beginning(connection, self._proxy_rules)
         except (ProxyError, TimeoutError, EOFError, OSError) as error:
@@ -204,9 +207,12 @@ class HTTPService:
             connection.close()
             raise
         tls = self._config.ssl
-        state = HTTPState(client=client, scheme="http" if tls is None else "https")
-        protocol = self._http(self._config, self._state, self._lifespan.state, adopted=(state, data))
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection, ssl=tls)
+        adopted = None
+        if client is not None or data:
+            adopted = HTTPState(client=client, scheme="http" if tls is None else "https"), data
+        protocol = self._http(self._config, self._state, self._lifespan.state, adopted=adopted)
+        with contextlib.suppress(OSError):  # it went away, or TLS could not be agreed on: nobody was served yet
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection, ssl=tls)
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""

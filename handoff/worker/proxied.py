@@ -52,37 +52,45 @@ class Beginning(NamedTuple):
     data: bytes = b""
 
 
-async def read_beginning(connection: socket.socket, rules: Rules) -> Beginning:
-    """Take the header from a connection, which is borrowed.
+async def read_beginning(connection: socket.socket, rules: Rules | None) -> Beginning:
+    """Take the header from a connection, which is borrowed. Without rules there is none.
 
     Raises ProxyError for a peer that may not, or does not, send a good one; EOFError for one that sent nothing at
     all; TimeoutError; OSError.
     """
+    if rules is None:
+        return Beginning()
     if not rules.trusts(connection):
         if rules.is_required:
             raise ProxyError("is none of --proxy-from")
         return Beginning()
-    async with asyncio.timeout(HEADER_SECONDS):
-        return await _read(connection, rules)
+    taken = bytearray()
+    try:
+        async with asyncio.timeout(HEADER_SECONDS):
+            return await _read(connection, rules, taken)
+    except TimeoutError:
+        if rules.is_required:
+            raise
+        return Beginning(data=bytes(taken))  # a client that takes its time for its first request
 
 
-async def _read(connection: socket.socket, rules: Rules) -> Beginning:
-    taken = b""
+async def _read(connection: socket.socket, rules: Rules, taken: bytearray) -> Beginning:
+    """`taken`: grows by what is taken from the connection."""
     while True:
         peeked = await _peek(connection)
         if not peeked:
             if taken and rules.is_required:
                 raise ProxyError("ended within its PROXY header")
             if taken:
-                return Beginning(data=taken)
+                return Beginning(data=bytes(taken))
             raise EOFError
-        match read_header(taken + peeked):
+        match read_header(bytes(taken) + peeked):
             case Incomplete():  # all of it belongs to the header: taken, or it would wake us again and again
                 taken += connection.recv(len(peeked))
             case Absent() if rules.is_required:
                 raise ProxyError("sent no PROXY header")
             case Absent():
-                return Beginning(data=taken)
+                return Beginning(data=bytes(taken))
             case Header() as header:
                 connection.recv(header.size_bytes - len(taken))
                 return Beginning(header.source)

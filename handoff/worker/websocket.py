@@ -27,6 +27,7 @@ from handoff.core.messages import Hold
 from handoff.core.moves import MAXIMUM_STATE_BYTES, WEBSOCKET, WebSocketState
 from handoff.counters import REFUSED
 from handoff.worker.frames import FrameSplitter
+from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.state import WorkerServerState, address
 
 RESTART = 1012
@@ -75,6 +76,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        before = self.transport.get_protocol()
+        if isinstance(before, HTTPProtocol):  # it may know the client from a PROXY header, or from another worker
+            self.client = before.client
         if self._adopted is not None:
             self.server_state.connection_made()
             self._take_over(*self._adopted)

@@ -15,7 +15,7 @@ import socket
 CHUNK_BYTES = 64 * 1024
 PIPE_BYTES = 1024 * 1024
 BULK_CHUNKS = 4
-"""So many full chunks in a row make a direction bulk. A pipe for each connection would cost more than it gives."""
+"""So many full chunks more than others make a direction bulk. A pipe for each connection would cost too much."""
 SPLICES_PER_TURN = 2
 _SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
@@ -87,8 +87,8 @@ class Flow:
             self._full_chunks += 1
             if self._full_chunks == BULK_CHUNKS:
                 self._pipe = _pipe()
-        else:
-            self._full_chunks = 0
+        elif self._full_chunks:
+            self._full_chunks -= 1
         if sent == size:
             return Result.OPEN
         self._pending = memoryview(data)[sent:]

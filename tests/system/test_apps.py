@@ -177,7 +177,8 @@ def test_posts_survive_reloads(directory: Path, text: str, app: str) -> None:
 
         with Clients(add, 4) as clients:
             for _ in range(3):
-                assert service.ask({"type": "reload"})["exit_code"] == 0
+                answer = service.ask({"type": "reload"})
+                assert answer["exit_code"] == 0, answer
                 clients.more(5)
     clients.assert_none_failed()
 

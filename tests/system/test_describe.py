@@ -58,27 +58,25 @@ def test_a_service_is_what_the_command_prints_at_each_reload(tmp_path: Path) -> 
         assert service.get()[2] == b"one"
 
 
-@pytest.mark.parametrize(
-    ("program", "values", "problem"),
-    [
-        ("import sys; sys.exit('out of\\nluck')", GOOD, "describe.py: exited with status 1: luck"),
-        ("import os; os.abort()", GOOD, "describe.py: was killed by SIGABRT"),
-        ("print('[]')", GOOD, "printed no JSON object (Expected `object`, got `array`); print what handoff.toml would"),
-        ("print('{')", GOOD, "printed no JSON object (Input data was truncated)"),
-        ("print('x' * 2_000_000)", GOOD, "describe.py: "),
-        (DESCRIBE, {**GOOD, "wrokers": 2}, 'description: unknown key "wrokers"; did you mean "workers"?'),
-        (DESCRIBE, {**GOOD, "pidfile": "x"}, "description: pidfile: cannot change in a reload"),
-    ],
-)
-def test_an_error_is_a_reload_that_is_rolled_back(
-    tmp_path: Path, program: str, values: dict[str, Any], problem: str
-) -> None:
+ERRORS: list[tuple[str, dict[str, Any], str]] = [
+    ("import sys; sys.exit('out of\\nluck')", GOOD, "describe.py: exited with status 1: luck"),
+    ("import os; os.abort()", GOOD, "describe.py: was killed by SIGABRT"),
+    ("print('[]')", GOOD, "printed no JSON object (Expected `object`, got `array`); print what handoff.toml would"),
+    ("print('{')", GOOD, "printed no JSON object (Input data was truncated)"),
+    ("print('x' * 2_000_000)", GOOD, "describe.py: "),
+    (DESCRIBE, {**GOOD, "wrokers": 2}, 'description: unknown key "wrokers"; did you mean "workers"?'),
+    (DESCRIBE, {**GOOD, "pidfile": "x"}, "description: pidfile: cannot change in a reload"),
+]
+
+
+def test_an_error_is_a_reload_that_is_rolled_back(tmp_path: Path) -> None:
     with start(described(tmp_path, GOOD)) as service:
-        described(tmp_path, values, program)
-        answer = service.ask({"type": "reload"})
-        assert answer["exit_code"] == 3
-        assert problem in answer["message"]
-        assert "\n" not in answer["message"]
+        for program, values, problem in ERRORS:
+            described(tmp_path, values, program)
+            answer = service.ask({"type": "reload"})
+            assert answer["exit_code"] == 3, answer
+            assert problem in answer["message"]
+            assert "\n" not in answer["message"]
         assert service.get()[2] == b"one"
 
 

@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 
 import pytest
+from websockets.sync.client import connect as websocket
 
 from handoff.core.proxy_protocol import LOCAL_V2, SIGNATURE, encode_v1, encode_v2
 from tests.system.certificates import certificate
@@ -25,6 +26,14 @@ def app(environ, start_response):
     body = environ["REMOTE_ADDR"].encode()
     start_response("200 OK", [("content-length", str(len(body)))])
     return [body]
+"""
+WEBSOCKET = """
+async def app(scope, receive, send):
+    assert scope["type"] == "websocket"
+    await receive()
+    await send({"type": "websocket.accept"})
+    await send({"type": "websocket.send", "text": str(scope["client"])})
+    await receive()
 """
 CLIENT, PROXY = ("203.0.113.7", 4711), ("192.0.2.1", 443)
 V1, V2 = encode_v1(CLIENT, PROXY), encode_v2(CLIENT, PROXY)
@@ -50,8 +59,7 @@ def ask(connection: socket.socket, *pieces: bytes) -> bytes:
     return body
 
 
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-@pytest.mark.parametrize("mode", ["accept", "require"])
+@pytest.mark.parametrize(("mode", "loop"), [("accept", "uvloop"), ("require", "asyncio")])
 def test_the_client_is_whom_the_header_names(directory: Path, mode: str, loop: str) -> None:
     with Service(directory, "--proxy-protocol", mode, "--loop", loop) as service:
         for header in (V1, V2, V2[:-12] + V2[-12:]):
@@ -95,22 +103,22 @@ def test_in_accept_mode_other_connections_are_served_as_ever(directory: Path) ->
                     assert ask(connection, first, request) == own
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (REQUEST, "sent no PROXY header"),
-        (b"PROXY TCP4 nonsense\r\n" + REQUEST, "PROXY v1: malformed line"),
-        (b"PROXY " + b"x" * 200, "PROXY v1: no end of line within 107 bytes"),
-        (SIGNATURE + b"\x21\x11\xff\xff", "PROXY v2: a header of 65551 bytes; at most 4112"),
-    ],
-)
-def test_a_peer_without_a_good_header_is_closed_and_named(directory: Path, data: bytes, reason: str) -> None:
+BAD: list[tuple[bytes, str]] = [
+    (REQUEST, "sent no PROXY header"),
+    (b"PROXY TCP4 nonsense\r\n" + REQUEST, "PROXY v1: malformed line"),
+    (b"PROXY " + b"x" * 200, "PROXY v1: no end of line within 107 bytes"),
+    (SIGNATURE + b"\x21\x11\xff\xff", "PROXY v2: a header of 65551 bytes; at most 4112"),
+]
+
+
+def test_a_peer_without_a_good_header_is_closed_and_named(directory: Path) -> None:
     with Service(directory, "--proxy-protocol", "require") as service:
-        with connect(service) as connection:
-            connection.sendall(data)
-            with contextlib.suppress(ConnectionResetError):  # what it sent was not read to its end
-                assert connection.recv(1) == b""
-        service.stderr.wait_for(rf"proxy-protocol: 127\.0\.0\.1 {reason}")
+        for data, reason in BAD:
+            with connect(service) as connection:
+                connection.sendall(data)
+                with contextlib.suppress(ConnectionResetError):  # what it sent was not read to its end
+                    assert connection.recv(1) == b""
+            service.stderr.wait_for(rf"proxy-protocol: 127\.0\.0\.1 {reason}")
         with connect(service) as connection:
             assert ask(connection, V2 + REQUEST) == SAID
 
@@ -162,6 +170,14 @@ def test_a_connection_that_moves_keeps_its_client(directory: Path) -> None:
         assert ask(kept, REQUEST) == SAID
         service.wait_for_generations(2)
         assert ask(kept, REQUEST) == SAID
+
+
+def test_a_websocket_has_the_address_of_the_header(directory: Path) -> None:
+    (directory / "main.py").write_text(WEBSOCKET)
+    with Service(directory, "--proxy-protocol", "require") as service, connect(service) as connection:
+        connection.sendall(V2)
+        with websocket(f"ws://127.0.0.1:{service.port}/", sock=connection) as client:
+            assert client.recv() == str(CLIENT)
 
 
 def test_reloads_lose_no_connection_that_begins_with_a_header(directory: Path) -> None:

@@ -85,6 +85,40 @@ def test_reloads_lose_no_new_connection_of_tls(directory: Path) -> None:
         clients.assert_none_failed()
 
 
+def test_a_handshake_that_is_under_way_is_waited_for_in_a_drain(directory: Path) -> None:
+    with Service(directory, *PAIR) as service:
+        plain = socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = trusting(directory).wrap_bio(incoming, outgoing, server_hostname="localhost")
+        with plain:
+            with pytest.raises(ssl.SSLWantReadError):
+                client.do_handshake()
+            hello = outgoing.read()
+            plain.sendall(hello[:10])  # the worker has accepted it, and waits for the rest
+            ask(service, trusting(directory)).close()
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            assert [one["state"] for one in service.workers(1)] == ["draining"]
+            plain.sendall(hello[10:])
+            while True:
+                incoming.write(plain.recv(65536))
+                try:
+                    client.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    plain.sendall(outgoing.read())
+            plain.sendall(outgoing.read())
+            client.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            plain.sendall(outgoing.read())
+            answer = b""
+            while b"https" not in answer:
+                incoming.write(plain.recv(65536))
+                try:
+                    answer += client.read(65536)
+                except ssl.SSLWantReadError:
+                    continue
+            assert answer.startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

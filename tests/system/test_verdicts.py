@@ -92,7 +92,7 @@ CASES = [
         "import_that_blocks",
         "import time\n\ntime.sleep(1000)\n",
         "not ready after .* it was (starting the interpreter|loading the application)",  # on a busy machine the former
-        CONFIG + 'boot_timeout = "4s"\n',
+        CONFIG + 'boot_timeout = "8s"\n',
         r'main\.py", line 3',
     ),
     Case(

@@ -25,6 +25,7 @@ from handoff.core.messages import (
     MAXIMUM_INLINE_BYTES,
     MAXIMUM_MESSAGE_BYTES,
     PROTOCOL,
+    AlsoAccept,
     Boot,
     Drain,
     Failed,
@@ -42,6 +43,7 @@ from handoff.core.messages import (
     ReceiverInfo,
     Receivers,
     Report,
+    SlotSocket,
     cut,
 )
 from handoff.core.vocabulary import FailedSaid, HelloSaid, ProgressSaid, WorkerBroke
@@ -78,6 +80,7 @@ FROM_MASTER: list[Message] = [
     Open(),
     Drain(seconds=2.5, ending=("default",), moves=True),
     Receivers(receivers=(ReceiverInfo(mailbox=4, row=7, adopts=("http/1",), is_new=False),)),
+    AlsoAccept(sockets=(SlotSocket("web", 3, is_new=False),)),
     Report(request=4),
 ]
 
