@@ -105,7 +105,7 @@ def test_uvicorn_takes_the_listener_as_fd_3(tmp_path: Path) -> None:
 # --- einhorn --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dialect", "last"), [("auto", 6), ("einhorn", 21)])
+@pytest.mark.parametrize(("dialect", "last"), [("auto", 6), ("einhorn", 11)])
 def test_a_child_of_einhorns_kind_acks(tmp_path: Path, dialect: str, last: int) -> None:
     (tmp_path / "main.rb").write_text(RUBY)
     options = ("--dialect", dialect, "--drain-signal", "USR2", *ONLY_BY_ITS_WORD)

@@ -82,13 +82,13 @@ def test_idle_and_busy_connections_stay_open_through_reloads(directory: Path, lo
         for client in idle:
             client.ask()
         with Clients(busy[0].ask, 1, 0.0) as clients:
-            for _ in range(5):
+            for _ in range(3):
                 reload(service)
                 clients.more(3)
             settle(service)
             for client in idle:
                 assert client.ask() in pids(service)
-        assert moves(service)["moved"] >= 50
+        assert moves(service)["moved"] >= 30
         assert moves(service)["refused"] == 0
     clients.assert_none_failed()
 
@@ -205,8 +205,10 @@ def connections(service: Service) -> list[int]:
     return [worker["connections"] for worker in service.workers()]
 
 
-def is_even(counts: list[int]) -> bool:
-    return max(counts) <= max(sum(counts) / len(counts) * 1.2, sum(counts) / len(counts) + 1)
+def is_even(service: Service, total: int) -> bool:
+    """Nobody has more than a tenth above the even share, which is where workers begin to give; nothing is under way."""
+    counts, of_all = connections(service), moves(service)
+    return sum(counts) == total and max(counts) <= total / len(counts) * 1.1 and of_all["moved"] == of_all["adopted"]
 
 
 @pytest.mark.parametrize("event", ["start", "scale", "crash"])
@@ -217,15 +219,16 @@ def test_workers_share_kept_connections_evenly(directory: Path, event: str) -> N
             client.ask()
         if event == "scale":
             assert service.ask({"type": "scale", "workers": 4})["exit_code"] == 0
-        wait_until(lambda: len(connections(service)) == 4 and is_even(connections(service)), "all have their share")
+        wait_until(lambda: len(connections(service)) == 4 and is_even(service, 40), "all have their share")
         if event == "crash":
             os.kill(service.workers()[0]["pid"], signal.SIGKILL)
             wait_until(
                 lambda: len(connections(service)) == 4 and min(connections(service)) >= 6, "the new one has some"
             )
+            return
         moved = moves(service)["moved"]
         for _ in range(5):
-            for client in clients if event != "crash" else ():
+            for client in clients:
                 client.ask()
         assert moves(service)["moved"] == moved, "what is even stays where it is"
 
@@ -261,8 +264,7 @@ def test_letters_in_the_mailbox_of_a_reader_that_is_killed_reach_others(director
     with Service(directory, "-w", "2") as service, kept(service, 30) as clients:
         for client in clients:
             client.ask()
-        wait_until(lambda: is_even(connections(service)), "both have their share")
-        settle(service)
+        wait_until(lambda: is_even(service, 30), "both have their share")
         reader, giver = service.workers()
         given = [client for client in clients if client.ask() == str(giver["pid"]).encode()]
         os.kill(reader["pid"], signal.SIGSTOP)
@@ -280,8 +282,7 @@ def test_what_a_killed_sender_had_handed_over_lives_on(directory: Path) -> None:
     with Service(directory, "-w", "2") as service, kept(service, 1200) as clients:
         for client in clients:
             client.ask()
-        wait_until(lambda: is_even(connections(service)), "both have their share")
-        settle(service)
+        wait_until(lambda: is_even(service, 1200), "both have their share")
         reader, giver = service.workers()
         given = [client for client in clients if client.ask() == str(giver["pid"]).encode()]
         before = moves(service)["moved"]

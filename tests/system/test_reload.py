@@ -87,7 +87,7 @@ def test_a_reload_brings_the_new_code(directory: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("loop", "reloads"), [("uvloop", 20), ("asyncio", 8)])
+@pytest.mark.parametrize(("loop", "reloads"), [("uvloop", 20), ("asyncio", 4)])
 def test_reloads_under_all_kinds_of_clients_lose_nothing(directory: Path, loop: str, reloads: int) -> None:
     # So many generations that none is squeezed, however slowly its streams go.
     options = ("-w", "2", "--loop", loop, "--max-generations", "30")
