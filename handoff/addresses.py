@@ -40,6 +40,8 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True):
     path: str = ""
     fd: int = -1
     mode: int = DEFAULT_UNIX_MODE
+    is_free: bool = False
+    """The machine need not have the address, yet: ip(7), IP_FREEBIND."""
 
     @property
     def is_any_port(self) -> bool:

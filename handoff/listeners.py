@@ -15,7 +15,7 @@ import psutil
 from handoff.addresses import MAX_UNIX_PATH_BYTES, Bind, listener_names
 from handoff.errors import HandoffError, UsageError
 from handoff.inherited import InheritedSocket
-from handoff.reuseport import SlotSockets
+from handoff.reuseport import IP_FREEBIND, SlotSockets
 
 _WILDCARDS = {"0.0.0.0", "::"}
 _BOUND = (psutil.CONN_LISTEN, psutil.CONN_NONE)  # of TCP, of UDP
@@ -268,6 +268,8 @@ def _bind_tcp(bind: Bind, name: str, backlog: int, is_per_slot: bool) -> Listene
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if bind.is_free:
+                sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
             sock.bind(address)
             # Two sockets with SO_REUSEADDR may bind the same address; only one may listen.
             sock.listen(backlog)
@@ -288,6 +290,8 @@ def _bind_udp(bind: Bind, name: str) -> Listener:
             sock.setblocking(False)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if bind.is_free:
+                sock.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
             sock.bind(address)
         except OSError as error:
             raise HandoffError(_tcp_problem(bind, name, address, error)) from error
@@ -324,7 +328,7 @@ def _tcp_problem(bind: Bind, name: str, address: Sequence[object], error: OSErro
         case errno.EACCES if 0 < bind.port < 1024:
             return f"{subject} needs CAP_NET_BIND_SERVICE; grant it or bind a port above 1023"
         case errno.EADDRNOTAVAIL:
-            return f"{subject} is not an address of this machine; write one that `ip address` lists, or 0.0.0.0"
+            return f"{subject} is not an address of this machine; write one that `ip address` lists, or use --freebind"
         case errno.EAFNOSUPPORT:
             return f"{subject} needs IPv6, which this machine has not; write an IPv4 address"
         case _:

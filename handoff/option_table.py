@@ -19,6 +19,7 @@ from handoff.errors import UsageError
 MAX_WORKERS = 256
 MAX_NAME_LENGTH = 64
 MAX_LIST_LENGTH = 64
+MAX_ARGUMENTS_BYTES = 1024 * 1024
 _MAX_SHOWN_LENGTH = 80
 
 _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
@@ -217,6 +218,15 @@ def _check_length(value: tuple[Any, ...]) -> None:
         raise ValueError(f"has {len(value)} entries; expected at most {MAX_LIST_LENGTH}")
 
 
+def _check_arguments(value: dict[str, Any]) -> None:
+    try:
+        size = len(msgspec.json.encode(value))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"expected plain data ({one_line(str(error))})") from None
+    if size > MAX_ARGUMENTS_BYTES:
+        raise ValueError(f"has {size} bytes as JSON; expected at most {MAX_ARGUMENTS_BYTES}")
+
+
 def _check_uvicorn(value: dict[str, Any]) -> None:
     for key, item in value.items():
         instead = "reload" if key.startswith("reload") else key
@@ -339,11 +349,13 @@ OPTIONS = {
         _matching("root_path", lambda path: re.fullmatch(r"(?:/[!-~]*)?", path), "a path that begins with /"),
         _named("header", _read_headers, _check_headers, "headers"),
         _flag("access_log"),
+        _flag("freebind"),
         _choice("websockets", "hand-over", "close"),
         _choice("log_format", "text", "json"),
         _matching("log_config", _is_path, "the path of a file"),
         _flag("generation_header"),
         _named("uvicorn", _read_table, _check_uvicorn),
+        _named("arguments", _read_table, _check_arguments),
         _matching("env_file", _is_path, "the path of a file"),
         _matching("run_dir", _is_path, "the path of a directory"),
         _matching("pidfile", _is_path, "the path of a file"),
@@ -366,7 +378,7 @@ ONLY_FOR_APPLICATIONS = (
         "request_timeout_seconds",
     ),
     *("limit_concurrency", "forwarded_allow_ips", "root_path", "headers", "access_log", "websockets", "log_config"),
-    *("generation_header", "uvicorn", "proxy_protocol", "proxy_from", "tls_cert", "tls_key", "tls_ca"),
+    *("generation_header", "uvicorn", "arguments", "proxy_protocol", "proxy_from", "tls_cert", "tls_key", "tls_ca"),
 )
 ONLY_ON_COMMAND_LINE = {
     "describe": "it stands in for the file, use --describe",

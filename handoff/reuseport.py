@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from handoff.core.steering import Instruction, program
 
-SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h; Python has no name for it
+IP_FREEBIND = 15  # ip(7); Python has no name for either
+SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h
 _FILTER = struct.Struct("HBBI")  # struct sock_filter
 _PROGRAM = struct.Struct("HP")  # struct sock_fprog
 
@@ -60,6 +61,8 @@ class SlotSockets:
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if one.family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if self._first.getsockopt(socket.IPPROTO_IP, IP_FREEBIND):
+                one.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
             one.bind(self._first.getsockname())
             one.listen(backlog)
             undo.pop_all()

@@ -52,6 +52,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     binds: tuple[str, ...] = ()
     """Addresses as typed, `[NAME=]ADDR`; empty means the default, or the sockets that were inherited."""
     backlog: int = 2048
+    freebind: bool = False
+    """Addresses may be bound that this machine does not have yet: one that moves here later."""
     listen_mode: ListenMode = "shared"
     workers: int = 1
     threads: int = 10
@@ -89,6 +91,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     generation_header: bool = False
     uvicorn: dict[str, Any] = {}
     """Other settings of uvicorn, from the table `[uvicorn]`, passed through as they are."""
+    arguments: dict[str, Any] = {}
+    """What a program `main(worker)` finds in `worker.arguments`: plain data of its own."""
     companions: dict[str, CompanionSettings] = {}
     """By name, from the tables `[companion.NAME]`."""
 
@@ -97,7 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         own = self.companions[name]
         given = {field: getattr(own, field) for field in own.__struct_fields__ if getattr(own, field) is not None}
         shared = ("name", "label", "loop", "threads", "boot_timeout_seconds", "stop_timeout_seconds", "log_format")
-        taken = {field: getattr(self, field) for field in (*shared, "log_config")} | given
+        taken = {field: getattr(self, field) for field in (*shared, "log_config", "arguments")} | given
         return Settings(**taken, drain_timeout_seconds=taken["stop_timeout_seconds"])
 
     @property

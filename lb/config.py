@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from handoff.durations import MAX_DURATION_SECONDS, parse_duration
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name, shown_value
 from lb.core.choice import ALGORITHMS, MAXIMUM_WEIGHT
-from lb.core.model import Backend, Balancer, Check, Service, Timeouts
+from lb.core.model import Backend, Balancer, Check, Ejection, Service, Timeouts
 from lb.positions import Path, Positions
 
 MAXIMUM_RELAYS = 64
@@ -70,7 +71,8 @@ class _Reader:
             self._fail((*path, "active"), "active", f"there is no pool {active}; there are {', '.join(pools)}")
         timeouts = Timeouts(**self._fields((*path, "timeouts"), inner.get("timeouts", {}), _TIMEOUTS))
         check = Check(**self._fields((*path, "check"), inner["check"], _CHECK)) if "check" in inner else None
-        return Service(pools=pools, active=active, timeouts=timeouts, check=check, **own)
+        ejection = Ejection(**self._fields((*path, "ejection"), inner.get("ejection", {}), _EJECTION))
+        return Service(pools=pools, active=active, timeouts=timeouts, check=check, ejection=ejection, **own)
 
     def _pools(self, path: Path, table: Any) -> dict[str, tuple[Backend, ...]]:
         self._expect_table(path, table)
@@ -226,6 +228,20 @@ def _read_address(value: Any) -> str:
     return value
 
 
+def _is_path(text: str) -> bool:
+    return bool(text) and "\0" not in text
+
+
+def _read_networks(value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(one, str) for one in items):
+        raise ValueError("expected a list of addresses, networks and unix")
+    for one in items:
+        if one != "unix":
+            ipaddress.ip_network(one, strict=False)  # ValueError: says which and why
+    return tuple(items)
+
+
 def _read_status(value: Any) -> tuple[int, int]:
     pair = [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
     read = _number(100, 599)
@@ -241,6 +257,10 @@ _BALANCER: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
     "relays": ("relays", _number(1, MAXIMUM_RELAYS)),
     "admin": ("admin", _read_address),
+    "admin_token_file": ("admin_token_file", _text(_is_path, "the path of a file")),
+    "state": ("state", _text(_is_path, "the path of a directory")),
+    "freebind": ("freebind", _read_flag),
+    "access_log": ("access_log", _read_flag),
 }
 _SERVICE: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
@@ -248,8 +268,14 @@ _SERVICE: dict[str, tuple[str, Read]] = {
     "algorithm": ("algorithm", _choice(*ALGORITHMS)),
     "active": ("active", _text(is_service_name, "the name of a pool")),
     "send_proxy": ("send_proxy", _choice("off", "v1", "v2")),
+    "accept_proxy": ("accept_proxy", _choice("off", "accept", "require")),
+    "proxy_from": ("proxy_from", _read_networks),
+    "maximum_queue": ("maximum_queue", _number(0, 1_000_000)),
+    "per_source": ("per_source", _number(1, 1_000_000)),
+    "slow_start": ("slow_start_seconds", _duration),
+    "panic_percent": ("panic_percent", _number(0, 100)),
 }
-_TABLES_OF_SERVICE = ("pool", "timeouts", "check")
+_TABLES_OF_SERVICE = ("pool", "timeouts", "check", "ejection")
 _BACKEND: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
     "address": ("address", _read_address),
@@ -263,6 +289,15 @@ _TIMEOUTS: dict[str, tuple[str, Read]] = {
     "idle": ("idle_seconds", _duration_or_none),
     "fin": ("fin_seconds", _duration_or_none),
     "queue": ("queue_seconds", _duration),
+    "tunnel": ("tunnel_seconds", _duration_or_none),
+    "drain": ("drain_seconds", _duration_or_none),
+    "spread": ("spread_seconds", _duration),
+}
+_EJECTION: dict[str, tuple[str, Read]] = {
+    "failures": ("failures", _number(0, 1000)),
+    "base": ("base_seconds", _duration),
+    "maximum": ("maximum_seconds", _duration),
+    "maximum_percent": ("maximum_percent", _number(0, 100)),
 }
 _CHECK: dict[str, tuple[str, Read]] = {
     "type": ("type", _choice("tcp", "http")),

@@ -68,6 +68,7 @@ _COMMAND = "handoff.command"
     type=click.Choice(["shared", "reuseport"]),
     help="One socket for all workers (default), or one for each slot, with connections spread evenly.",
 )
+@click.option("--freebind", is_flag=True, default=None, help="Bind addresses that this machine may not have yet.")
 @click.option("--workers", "-w", type=int, help="Number of worker processes. Default 1.")
 @click.option("--threads", type=int, help="Threads of a worker with a WSGI application. Default 10.")
 @click.option(

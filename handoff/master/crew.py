@@ -184,6 +184,7 @@ class Crew:
     ) -> WorkerProcess:
         boot = self._boot(row, action, pins, label, listeners, mailbox_fd)
         environment = pins.environment | worker_variables(pins.settings.name, action.generation, label, action.slot)
+        environment["HANDOFF_RUNTIME_DIRECTORY"] = str(self._directory)
         foreign = None
         with ExitStack() as undo:
             ours, theirs = channel_pair()

@@ -88,7 +88,9 @@ class Preparer:
         if label is None:
             label = pins.settings.label if source is None else source.label
         own = effective_binds(pins.settings.binds, self._inherited, pins.directory)
-        own = [msgspec.structs.replace(bind, name=name) for bind, name in zip(own, listener_names(own), strict=True)]
+        free = pins.settings.freebind
+        names = listener_names(own)
+        own = [msgspec.structs.replace(bind, name=name, is_free=free) for bind, name in zip(own, names, strict=True)]
         all_pins = {name: companion_pins(pins, name) for name in pins.settings.companions}
         binds = {name: _companion_binds(name, one) for name, one in all_pins.items()}
         together = [*own, *(bind for some in binds.values() for bind in some.values())]

@@ -48,6 +48,8 @@ class _Identity:
         """The operator's name for this version; may be empty."""
         self.slot: int = boot.slot
         """A stable number, from 0: the replacement of a worker has the same."""
+        self.arguments: dict[str, Any] = boot.settings.arguments
+        """The table `[arguments]` of the configuration this generation is pinned to."""
         self._boot = boot
         self._link = link
         self._claims = claims

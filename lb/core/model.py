@@ -44,13 +44,30 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
-    """None: none. `first_byte`: of the backend's answer; `idle`: nothing either way; `queue`: for a free place."""
+    """None: none. `first_byte`: of the backend's answer; `idle`: nothing either way; `queue`: for a free place.
+
+    `tunnel`: in place of `idle` once both sides have sent something. `drain`: for the connections of a backend that
+    is drained; then they are closed, spread over `spread`.
+    """
 
     connect_seconds: float = 5.0
     first_byte_seconds: float | None = None
     idle_seconds: float | None = 3600.0
+    tunnel_seconds: float | None = None
     fin_seconds: float | None = 60.0
     queue_seconds: float = 10.0
+    drain_seconds: float | None = None
+    spread_seconds: float = 5.0
+
+
+class Ejection(msgspec.Struct, frozen=True, kw_only=True):
+    """Passive checks: `failures` to connect in a row put a backend out, each time for longer."""
+
+    failures: int = 5
+    """0: never."""
+    base_seconds: float = 10.0
+    maximum_seconds: float = 300.0
+    maximum_percent: int = 50
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +79,21 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     pools: dict[str, tuple[Backend, ...]]
     active: str
     send_proxy: SendProxy = "off"
+    accept_proxy: Literal["off", "accept", "require"] = "off"
+    proxy_from: tuple[str, ...] = ()
+    """Networks whose PROXY headers are believed; `unix`: peers on a unix socket. Empty: what is local."""
+    maximum_queue: int = 1024
+    """Connections that wait for a place at a backend, in each relay worker; what comes beyond is closed."""
+    per_source: int | None = None
+    """Connections at once from one address, in each relay worker; what comes beyond is closed."""
+    slow_start_seconds: float = 0.0
+    """A backend that is new, or that comes back, gets its full share after so long."""
+    panic_percent: int = 0
+    """When fewer of the active pool are up, health and ejections count for nothing. 0: never; where none is up clients
+    are refused."""
     timeouts: Timeouts = Timeouts()
     check: Check | None = None
+    ejection: Ejection = Ejection()
 
 
 class Balancer(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,4 +102,10 @@ class Balancer(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     relays: int = 1
     admin: str | None = None
+    """HOST:PORT of the admin API; reads only, unless a token is set."""
+    admin_token_file: str | None = None
+    state: str | None = None
+    """The directory of what must survive a reboot; None: /var/lib/handoff/NAME, or that of the user."""
+    freebind: bool = False
+    access_log: bool = False
     services: tuple[Service, ...]

@@ -163,6 +163,7 @@ async def main(worker):
         "name": worker.name, "generation": worker.generation, "label": worker.label, "slot": worker.slot,
         "listeners": sorted(worker.listeners), "draining": worker.draining, "drain_seconds": worker.drain_seconds,
         "blocking": worker.listeners["default"].getblocking(), "environment": os.environ["HANDOFF_GENERATION"],
+        "arguments": worker.arguments, "directory": os.environ["HANDOFF_RUNTIME_DIRECTORY"],
     }
 
     class Tell(asyncio.Protocol):
@@ -176,6 +177,7 @@ async def main(worker):
 
 def test_a_worker_knows_who_it_is_and_what_is_bound(directory: Path) -> None:
     (directory / "main.py").write_text(TELLS)
+    (directory / "handoff.toml").write_text("[arguments]\nlimit = 3\n")
     with Service(directory, "--label", "blue", app="main:main") as service:
         with service.connect() as connection:
             facts = json.loads(b"".join(iter(lambda: connection.recv(4096), b"")))
@@ -189,6 +191,8 @@ def test_a_worker_knows_who_it_is_and_what_is_bound(directory: Path) -> None:
             "drain_seconds": None,
             "blocking": False,
             "environment": "1",
+            "arguments": {"limit": 3},
+            "directory": str(service.run_dir / "web"),
         }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import msgspec
 import pytest
 
 from handoff.addresses import Bind, parse_bind
@@ -153,8 +154,14 @@ def test_other_refusals_of_the_kernel_are_one_line(monkeypatch: pytest.MonkeyPat
 
 def test_an_address_of_another_machine_is_refused() -> None:
     assert _failure("192.0.2.1:8000") == (  # RFC 5737: nobody has it
-        "listener web: 192.0.2.1:8000 is not an address of this machine; write one that `ip address` lists, or 0.0.0.0"
+        "listener web: 192.0.2.1:8000 is not an address of this machine; write one that `ip address` lists, or use --freebind"
     )
+
+
+def test_an_address_that_may_come_later_is_bound() -> None:
+    listener = bind_listener(msgspec.structs.replace(parse_bind("192.0.2.1:0"), is_free=True), "web", 16)
+    assert listener.address.startswith("192.0.2.1:")
+    listener.close()
 
 
 def test_an_unknown_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
