@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import msgspec
+import psutil
 import pytest
 
 from handoff.addresses import Bind, parse_bind
