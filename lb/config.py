@@ -28,13 +28,24 @@ _NAME = "up to 64 letters, digits and . _ -"
 Read = Callable[[Any], Any]
 
 
-def parse_config(text: str, shown: str) -> Balancer:
-    """The balancer that the text describes; `shown` is the file as it is called in messages. Raises UsageError."""
+def parse_config(text: str, shown: str, typed: Mapping[str, Any] | None = None) -> Balancer:
+    """The balancer that the text describes; `shown` is the file as it is called in messages. Raises UsageError.
+
+    `typed` are keys of [balancer] that somebody gave otherwise, which win over the file's.
+    """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{shown}: {str(error)[:1].lower()}{str(error)[1:]}") from None
+    own = table.get("balancer", {})
+    if typed and isinstance(own, dict):
+        table["balancer"] = {**own, **typed}
     return _Reader(shown, Positions(text)).balancer(table)
+
+
+def read_table(table: dict[str, Any], shown: str) -> Balancer:
+    """The same of what no file says; `shown` is where it comes from. Raises UsageError."""
+    return _Reader(shown, Positions("")).balancer(table)
 
 
 class _Reader:

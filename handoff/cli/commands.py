@@ -25,10 +25,10 @@ for command in (run, reload, rollback, scale, stop, status, ps, check):
     handoff.add_command(command)
 
 
-def run_command() -> int:
+def run_command(command: click.Command = handoff) -> int:
     """Run what the command line says; returns the exit code."""
     try:
-        result = handoff.main(standalone_mode=False)
+        result = command.main(standalone_mode=False)
         return int(result) if isinstance(result, int) else ExitCode.DONE
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())

@@ -1,0 +1,7 @@
+"""`handoff lb …`: the balancer's commands."""
+
+from __future__ import annotations
+
+from lb.cli.commands import main
+
+__all__ = ["main"]

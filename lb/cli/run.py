@@ -1,0 +1,84 @@
+"""`handoff lb run` and `handoff lb check`: from what was typed to what `handoff run` takes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import Any, NamedTuple
+
+import click
+import msgspec
+
+from handoff.cli.options import Duration, current_directory
+from handoff.cli.run import run as run_service
+from handoff.config import load_settings
+from handoff.errors import ExitCode
+from handoff.resolve import clean_environment, make_launch
+from lb.core.model import Balancer
+from lb.describe import describe
+from lb.source import TYPED, Source, load, source_options, words
+
+_PASSED = (
+    *("run_dir", "label", "stop_timeout", "boot_timeout", "probation", "max_generations", "log_format"),
+    *("pidfile", "status_file", "control_group", "metrics"),
+)
+"""Options that mean the same as those of `handoff run`."""
+
+
+class Prepared(NamedTuple):
+    balancer: Balancer
+    directory: str
+    """The file's, as typed: relative paths in it are taken from there, and it may lead through a switched link."""
+    describe: str
+    """The command that describes the service."""
+
+
+@click.command()
+@source_options
+@click.option(
+    "--drain-timeout", type=Duration(), help="In a reload, for connections that cannot move to new workers. Default 1h."
+)
+def run(**options: Any) -> int:
+    """Serve what FILE says, or --listen ADDR --backend ADDR. SIGHUP or `handoff reload` reads it anew."""
+    passed = {key: options.pop(key) for key in ("drain_timeout", *_PASSED)}
+    prepared = prepare(Source(**options))
+    context = click.get_current_context()
+    result: int = context.invoke(run_service, describe=prepared.describe, chdir=prepared.directory, **passed)
+    return result
+
+
+for _option in run_service.params:
+    if _option.name in _PASSED:
+        run.params.append(_option)
+
+
+@click.command()
+@click.argument("file", default="lb.toml")
+def check(file: str) -> int:
+    """Read FILE as `handoff lb run` would. Nothing is bound or served."""
+    balancer = prepare(Source(file=file)).balancer
+    backends = sum(len(pool) for service in balancer.services for pool in service.pools.values())
+    click.echo(f"{file}: ok, {_count(len(balancer.services), 'service')}, {_count(backends, 'backend')}")
+    return ExitCode.DONE
+
+
+def prepare(source: Source) -> Prepared:
+    """Reads everything once, so that a mistake is told before anything is touched. Raises HandoffError."""
+    cwd = current_directory()
+    typed = make_launch({}, argv0=sys.argv[0], cwd=cwd, environ=os.environ).directory
+    path = None if source.file is None else os.path.join(typed, source.file)
+    state = None if source.state is None else os.path.join(typed, source.state)
+    absolute = msgspec.structs.replace(source, file=path, state=state)
+    launch = make_launch(
+        {}, argv0=sys.argv[0], cwd=cwd, environ=os.environ, chdir=typed if path is None else os.path.dirname(path)
+    )
+    balancer = load(absolute, source.file or TYPED)
+    launch = msgspec.structs.replace(launch, described=describe(absolute))
+    load_settings(launch, launch.directory, clean_environment(os.environ))
+    command = [launch.python, "-P", "-m", "lb.describe", *words(absolute)]
+    return Prepared(balancer, launch.directory, shlex.join(command))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
