@@ -74,6 +74,20 @@ class _Identity:
         deadline = self._link.drain_deadline
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
+    @property
+    def ending_listeners(self) -> frozenset[str]:
+        """Of a drain: those that nobody accepts from after it. Let in who is queued there, who would be reset."""
+        return frozenset(self._link.ending_listeners)
+
+    @property
+    def connections(self) -> int:
+        """How many `handoff status` shows: set it when it changes. With `serve` it is counted for you."""
+        return self._counters[CONNECTIONS]
+
+    @connections.setter
+    def connections(self, number: int) -> None:
+        self._counters[CONNECTIONS] = number
+
     def _say_ready(self, adopts: bool) -> None:
         assert not self._is_ready, "ready() is for once"
         self._is_ready = True

@@ -38,21 +38,23 @@ class Result(enum.Enum):
 class Flow:
     """Borrows both sockets, which do not block. Owns its pipe."""
 
-    __slots__ = ("_full_chunks", "_pending", "_pipe", "_piped", "_recv", "_send", "_sink", "_source", "total")
+    __slots__ = (
+        *("_full_chunks", "_pending", "_pipe", "_piped", "_sink", "_source"),
+        *("has_pending", "is_read", "is_written", "total"),
+    )
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
-        self._source, self._sink = source.fileno(), sink.fileno()
-        self._recv, self._send = source.recv, sink.send
+        self._source, self._sink = source, sink
         self._pending: memoryview | None = None
+        self.has_pending = False
+        """Something waits for the sink."""
+        self.is_read = self.is_written = True
+        """The source has not ended; the sink is not shut down."""
         self._pipe: tuple[int, int] | None = None
         self._piped = 0
         self._full_chunks = 0
         self.total = 0
         """Bytes taken from the source."""
-
-    @property
-    def has_pending(self) -> bool:
-        return self._pending is not None or self._piped > 0
 
     @property
     def is_bulk(self) -> bool:
@@ -61,14 +63,16 @@ class Flow:
     def put(self, data: bytes) -> None:
         """Bytes that go before everything else. Only before the first pump; flush then."""
         assert not self.has_pending
-        self._pending = memoryview(data) if data else None
+        if data:
+            self._pending = memoryview(data)
+            self.has_pending = True
 
     def pump(self) -> Result:
         """The source can be read, and nothing is pending."""
         if self._pipe is not None:
             return self._splice(*self._pipe)
         try:
-            data = self._recv(CHUNK_BYTES)
+            data = self._source.recv(CHUNK_BYTES)
         except BlockingIOError:
             return Result.OPEN
         except OSError:
@@ -78,7 +82,7 @@ class Flow:
             return Result.ENDED
         self.total += size
         try:
-            sent = self._send(data)
+            sent = self._sink.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -92,24 +96,27 @@ class Flow:
         if sent == size:
             return Result.OPEN
         self._pending = memoryview(data)[sent:]
+        self.has_pending = True
         return Result.BLOCKED
 
     def flush(self) -> Result:
         """The sink can be written."""
         try:
             if self._pending is not None:
-                sent = self._send(self._pending)
-                self._pending = self._pending[sent:] if sent < len(self._pending) else None
-                if self._pending is not None:
+                sent = self._sink.send(self._pending)
+                if sent < len(self._pending):
+                    self._pending = self._pending[sent:]
                     return Result.BLOCKED
+                self._pending = None
             if self._piped and self._pipe is not None:
-                self._piped -= os.splice(self._pipe[0], self._sink, self._piped, flags=_SPLICE_FLAGS)
+                self._piped -= os.splice(self._pipe[0], self._sink.fileno(), self._piped, flags=_SPLICE_FLAGS)
         except BlockingIOError:
             return Result.BLOCKED
         except OSError:
             return Result.SINK_GONE
         if self._piped:
             return Result.BLOCKED
+        self.has_pending = False
         return Result.OPEN
 
     def close(self) -> None:
@@ -118,11 +125,13 @@ class Flow:
                 os.close(end)
             self._pipe, self._piped = None, 0
         self._pending = None
+        self.has_pending = False
 
     def _splice(self, reader: int, writer: int) -> Result:
+        source, sink = self._source.fileno(), self._sink.fileno()
         for _ in range(SPLICES_PER_TURN):
             try:
-                taken = os.splice(self._source, writer, PIPE_BYTES, flags=_SPLICE_FLAGS)
+                taken = os.splice(source, writer, PIPE_BYTES, flags=_SPLICE_FLAGS)
             except BlockingIOError:
                 return Result.OPEN
             except OSError:
@@ -130,15 +139,16 @@ class Flow:
             if taken == 0:
                 return Result.ENDED
             self.total += taken
-            self._piped = taken
+            self._piped, self.has_pending = taken, True
             try:
-                self._piped -= os.splice(reader, self._sink, taken, flags=_SPLICE_FLAGS)
+                self._piped -= os.splice(reader, sink, taken, flags=_SPLICE_FLAGS)
             except BlockingIOError:
                 return Result.BLOCKED
             except OSError:
                 return Result.SINK_GONE
             if self._piped:
                 return Result.BLOCKED
+            self.has_pending = False
         return Result.OPEN
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
-import selectors
 import socket
 import struct
 import termios
@@ -17,9 +16,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lb.relay.flow import Flow, Result
-from lb.relay.timers import Timers
+from lb.relay.loop import READ, READABLE, WRITABLE, WRITE, Loop
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 RESET_SECONDS = 2.0
 """How long a side may take to acknowledge what came before the reset that it is to see."""
 LOOK_SECONDS = 0.02
@@ -27,16 +25,25 @@ _RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # struct linger: socket(7)
 
 
 class Limits(NamedTuple):
-    """Seconds; None: none. `idle`: nothing either way; `fin`: one side has ended, and the other goes on alone."""
+    """Seconds; None: none. `idle`: nothing either way; `fin`: one side has ended, and the other goes on alone.
+
+    `first_byte`: of the server's, from the beginning. `tunnel`: in place of `idle` when both sides have said something.
+    """
 
     idle_seconds: float | None = 3600.0
     fin_seconds: float | None = 60.0
+    first_byte_seconds: float | None = None
+    tunnel_seconds: float | None = None
 
 
 class Closed(NamedTuple):
-    """How it ended: `cause` is "end", "reset", "idle" or "fin"; bytes from the client, and to it."""
+    """How it ended: `cause` is "end", "idle", "fin", "first byte", "closed" by us, or "reset".
+
+    `side`: whose doing that was, "client", "server" or "" for ours; bytes from the client, and to it.
+    """
 
     cause: str
+    side: str
     sent_bytes: int
     received_bytes: int
 
@@ -45,82 +52,61 @@ class Relay:
     """Owns both sockets, which do not block and are connected. Calls `on_close` once, at its very end."""
 
     __slots__ = (
-        "_client",
-        "_down",
-        "_is_closed",
-        "_is_gone",
-        "_last_at",
-        "_limits",
-        "_look_at",
-        "_masks",
-        "_now",
-        "_on_close",
-        "_reading",
-        "_reset_until",
-        "_resetting",
-        "_selector",
-        "_server",
-        "_shut_at",
-        "_timers",
-        "_up",
-        "_writing",
+        *("_client", "_client_mask", "_down", "_ending_at", "_is_closed", "_is_gone", "_last_at", "_limits"),
+        *("_loop", "_look_at", "_on_close", "_resetting", "_server", "_server_mask", "_shut_at", "_up", "began_at"),
     )
 
     def __init__(
         self,
         client: socket.socket,
         server: socket.socket,
-        selector: selectors.BaseSelector,
+        loop: Loop,
         limits: Limits,
-        timers: Timers,
-        now: Callable[[], float],
         on_close: Callable[[Relay, Closed], None],
         first: bytes = b"",
     ) -> None:
         """`first`: bytes for the server that go before what the client sends."""
         self._client, self._server = client, server
         self._up, self._down = Flow(client, server), Flow(server, client)
-        self._selector, self._limits, self._now, self._on_close = selector, limits, now, on_close
-        self._timers = timers
+        self._loop, self._limits, self._on_close = loop, limits, on_close
         self._is_closed = self._is_gone = False
         self._resetting: socket.socket | None = None
         """It is to see a reset, when all that was sent to it is acknowledged: a reset throws away what is not."""
-        self._reset_until = self._look_at = 0.0
-        self._last_at = now()
+        self._ending_at = self._look_at = 0.0
+        self.began_at = self._last_at = loop.now
         self._shut_at: float | None = None
-        self._masks: dict[socket.socket, int] = {client: 0, server: 0}
-        self._reading: set[Flow] = {self._up, self._down}
-        """Flows whose source is read, unless something is pending."""
-        self._writing: set[Flow] = {self._up, self._down}
-        """Flows whose sink is not shut down."""
-        self._up.put(first)
+        self._client_mask = self._server_mask = 0
+        if first:
+            self._up.put(first)
         self._watch()
-        timers.arm(self)
+        loop.timers.arm(self)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
     def client_event(self, mask: int) -> None:
-        self._event(mask, self._up, self._down)
+        up = self._up
+        self._last_at = self._loop.now
+        if mask & WRITABLE and self._down.has_pending:
+            self._act(self._down, self._down.flush())
+        if mask & READABLE and up.is_read and not up.has_pending and not self._is_closed:
+            result = up.pump()
+            if result is not _OPEN:
+                self._act(up, result)
 
     def server_event(self, mask: int) -> None:
-        self._event(mask, self._down, self._up)
-
-    def _event(self, mask: int, outgoing: Flow, incoming: Flow) -> None:
-        """Of a socket that is the source of `outgoing` and the sink of `incoming`."""
-        if self._is_closed or self._resetting is not None:
-            return
-        self._last_at = self._now()
-        if mask & WRITE and incoming.has_pending:
-            self._act(incoming, incoming.flush())
-        if mask & READ and not self._is_closed and outgoing in self._reading and not outgoing.has_pending:
-            result = outgoing.pump()
-            if result is not Result.OPEN:
-                self._act(outgoing, result)
+        down = self._down
+        self._last_at = self._loop.now
+        if mask & WRITABLE and self._up.has_pending:
+            self._act(self._up, self._up.flush())
+        if mask & READABLE and down.is_read and not down.has_pending and not self._is_closed:
+            result = down.pump()
+            if result is not _OPEN:
+                self._act(down, result)
 
     def _act(self, flow: Flow, result: Result) -> None:
         match result:
             case Result.ENDED if not self._is_gone:
-                self._reading.discard(flow)
+                flow.is_read = False
                 self._shut(flow)
             case Result.RESET | Result.ENDED:
                 # A send that failed took the error away: what looks like an end, after it, is the reset.
@@ -130,72 +116,73 @@ class Relay:
                 self._sink_gone(flow)
             case Result.OPEN | Result.BLOCKED:
                 pass
-        if not self._is_closed:
+        if not self._is_closed and self._resetting is None:
             self._watch()
 
     def _sink_gone(self, flow: Flow) -> None:
         """Nothing goes there any more; what that side said before it went is still delivered, then its reset."""
         flow.close()
         self._is_gone = True
-        self._reading.discard(flow)
-        self._writing.discard(flow)
+        flow.is_read = flow.is_written = False
         other = self._down if flow is self._up else self._up
-        if other not in self._reading:
+        if not other.is_read:
             self._reset(self._client if flow is self._up else self._server)
 
     def _reset(self, sock: socket.socket) -> None:
         """This side is to see the reset that the other one sent; what came before it goes first."""
-        for one in (self._client, self._server):
-            self._set_mask(one, 0, self.client_event)
-        self._resetting, self._reset_until = sock, self._now() + RESET_SECONDS
-        if not self._has_reset(self._now()):
-            self._timers.arm(self)
+        self._up.is_read = self._down.is_read = False
+        self._up.close()
+        self._down.close()
+        self._watch_for(0, 0)
+        now = self._loop.now
+        self._resetting, self._ending_at = sock, now + RESET_SECONDS
+        if not self._has_reset(now):
+            self._loop.timers.arm(self)
 
     def _has_reset(self, now: float) -> bool:
         sock = self._resetting
         assert sock is not None
-        if now < self._reset_until and _unacknowledged_bytes(sock):
+        if now < self._ending_at and _unacknowledged_bytes(sock):
             self._look_at = now + LOOK_SECONDS
             return False
-        self._close("reset", reset_client=sock is self._client, reset_server=sock is self._server)
+        is_client = sock is self._client
+        self._close("reset", "server" if is_client else "client", reset_client=is_client, reset_server=not is_client)
         return True
 
     def _shut(self, flow: Flow) -> None:
         """All is delivered and no more comes: FIN."""
-        self._writing.discard(flow)
-        sink = self._server if flow is self._up else self._client
+        flow.is_written = False
+        if not self._up.is_written and not self._down.is_written:
+            self._close("end", "server" if flow is self._down else "client")
+            return
         with contextlib.suppress(OSError):  # it was reset meanwhile; its own flow will tell
-            sink.shutdown(socket.SHUT_WR)
-        if self._shut_at is None:
-            self._shut_at = self._now()
-            self._timers.arm(self)
-        if not self._writing:
-            self._close("end")
+            (self._server if flow is self._up else self._client).shutdown(socket.SHUT_WR)
+        self._shut_at = self._loop.now
+        self._loop.timers.arm(self)
 
     # --- interest ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         up, down = self._up, self._down
-        self._set_mask(self._client, self._mask(up, down), self.client_event)
-        self._set_mask(self._server, self._mask(down, up), self.server_event)
+        self._watch_for(
+            (READ if up.is_read and not up.has_pending else 0) | (WRITE if down.has_pending else 0),
+            (READ if down.is_read and not down.has_pending else 0) | (WRITE if up.has_pending else 0),
+        )
 
-    def _mask(self, outgoing: Flow, incoming: Flow) -> int:
-        mask = READ if outgoing in self._reading and not outgoing.has_pending else 0
-        return mask | WRITE if incoming.has_pending else mask
-
-    def _set_mask(self, sock: socket.socket, mask: int, callback: Callable[[int], None]) -> None:
-        before = self._masks[sock]
-        if mask == before:
-            return
-        self._masks[sock] = mask
-        if not mask:  # unregistered, since epoll reports a hang-up even where nothing was asked for
-            self._selector.unregister(sock)
-        elif not before:
-            self._selector.register(sock, mask, callback)
-        else:
-            self._selector.modify(sock, mask, callback)
+    def _watch_for(self, client_mask: int, server_mask: int) -> None:
+        if client_mask != self._client_mask:
+            self._client_mask = client_mask
+            self._loop.watch(self._client.fileno(), client_mask, self.client_event)
+        if server_mask != self._server_mask:
+            self._server_mask = server_mask
+            self._loop.watch(self._server.fileno(), server_mask, self.server_event)
 
     # --- time and the end -------------------------------------------------------------------------------------------
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Bytes from the client, and to it, so far."""
+        return self._up.total, self._down.total
 
     @property
     def due_at(self) -> float | None:
@@ -204,39 +191,59 @@ class Relay:
             return None
         if self._resetting is not None:
             return self._look_at
-        limits = []
-        if self._limits.idle_seconds is not None:
-            limits.append(self._last_at + self._limits.idle_seconds)
-        if self._shut_at is not None and self._limits.fin_seconds is not None:
-            limits.append(self._shut_at + self._limits.fin_seconds)
-        return min(limits, default=None)
+        return min((at for at, _ in self._deadlines()), default=None)
 
     def is_due(self, now: float) -> None:
         """A limit is reached: both sides are cut off, and see that."""
         if self._resetting is not None:
             self._has_reset(now)
             return
-        is_fin = self._shut_at is not None and self._limits.fin_seconds is not None
-        is_fin = is_fin and (self._shut_at or 0.0) + (self._limits.fin_seconds or 0.0) <= now
-        self._close("fin" if is_fin else "idle", reset_client=True, reset_server=True)
+        for at, cause in self._deadlines():
+            if at <= now:
+                self._close(cause, self._who_is_late(), reset_client=True, reset_server=True)
+                return
 
     def close(self) -> None:
         """At once: both sides see a reset."""
         if not self._is_closed:
-            self._close("reset", reset_client=True, reset_server=True)
+            self._close("closed", "", reset_client=True, reset_server=True)
 
-    def _close(self, cause: str, reset_client: bool = False, reset_server: bool = False) -> None:
+    def _deadlines(self) -> list[tuple[float, str]]:
+        limits, found = self._limits, []
+        has_answer = self._down.total > 0
+        if self._shut_at is not None and limits.fin_seconds is not None:
+            found.append((self._shut_at + limits.fin_seconds, "fin"))
+        if limits.first_byte_seconds is not None and not has_answer:
+            found.append((self.began_at + limits.first_byte_seconds, "first byte"))
+        is_tunnel = limits.tunnel_seconds is not None and has_answer and self._up.total > 0
+        idle = limits.tunnel_seconds if is_tunnel else limits.idle_seconds
+        if idle is not None:
+            found.append((self._last_at + idle, "idle"))
+        return found
+
+    def _who_is_late(self) -> str:
+        return "server" if not self._up.is_read or not self._down.total else "client"
+
+    def _close(self, cause: str, side: str, reset_client: bool = False, reset_server: bool = False) -> None:
         self._is_closed = True
-        for sock, is_reset in ((self._client, reset_client), (self._server, reset_server)):
-            self._set_mask(sock, 0, self.client_event)
-            if is_reset:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
-        totals = self._up.total, self._down.total
+        if reset_client:
+            self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
+        if reset_server:
+            self._server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
         self._up.close()
         self._down.close()
-        self._client.close()
-        self._server.close()
-        self._on_close(self, Closed(cause, *totals))
+        self._loop.close(self._client)
+        self._loop.close(self._server)
+        self._on_close(self, Closed(cause, side, self._up.total, self._down.total))
+
+
+_OPEN = Result.OPEN
+
+
+def reset_at_close(sock: socket.socket) -> None:
+    """Who is at the other side is to see a reset, and no clean end."""
+    with contextlib.suppress(OSError):  # a unix socket, or gone already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
 
 
 def _unacknowledged_bytes(sock: socket.socket) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 BUCKET_SECONDS = 0.02
@@ -17,24 +19,54 @@ class Timed(Protocol):
     def is_due(self, now: float) -> None: ...
 
 
+class Alarm:
+    """One call at one time, unless it is cancelled before."""
+
+    __slots__ = ("_callback", "due_at")
+
+    def __init__(self, due_at: float, callback: Callable[[], None]) -> None:
+        self.due_at: float | None = due_at
+        self._callback = callback
+
+    def cancel(self) -> None:
+        self.due_at = None
+
+    def is_due(self, _now: float) -> None:
+        self.due_at = None
+        self._callback()
+
+
 class Timers:
     """Buckets of 20 ms. Who is in one too early is put into a later one when it comes up."""
 
     def __init__(self) -> None:
         self._buckets: dict[int, list[Timed]] = {}
+        self._order: list[int] = []
 
     def arm(self, timed: Timed) -> None:
         """Look at it when it is due. To be called at first, and when it may be due earlier than it was."""
         due_at = timed.due_at
-        if due_at is not None:
-            self._buckets.setdefault(math.ceil(due_at / BUCKET_SECONDS), []).append(timed)
+        if due_at is None:
+            return
+        number = math.ceil(due_at / BUCKET_SECONDS)
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            self._buckets[number] = [timed]
+            heapq.heappush(self._order, number)
+        else:
+            bucket.append(timed)
+
+    def call_at(self, due_at: float, callback: Callable[[], None]) -> Alarm:
+        alarm = Alarm(due_at, callback)
+        self.arm(alarm)
+        return alarm
 
     def next_deadline(self) -> float | None:
-        return min(self._buckets) * BUCKET_SECONDS if self._buckets else None
+        return self._order[0] * BUCKET_SECONDS if self._order else None
 
     def check(self, now: float) -> None:
-        for bucket in [bucket for bucket in self._buckets if bucket * BUCKET_SECONDS <= now]:
-            for timed in self._buckets.pop(bucket):
+        while self._order and self._order[0] * BUCKET_SECONDS <= now:
+            for timed in self._buckets.pop(heapq.heappop(self._order)):
                 due_at = timed.due_at
                 if due_at is not None and due_at <= now:
                     timed.is_due(now)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import socket
 import struct
 import time
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lb.relay.flow import CHUNK_BYTES
+from lb.relay.loop import Loop
 from lb.relay.relay import Closed, Limits, Relay
 from lb.relay.timers import Timers
 
@@ -84,25 +84,19 @@ class Rig:
         client, relay_client = tcp_pair()
         server, relay_server = tcp_pair()
         self.client, self.server = Peer(client), Peer(server)
-        self.selector, self.timers = selectors.DefaultSelector(), Timers()
+        self.loop = Loop()
         self.closed: Closed | None = None
         self.relay = Relay(
             relay_client,
             relay_server,
-            self.selector,
+            self.loop,
             limits or Limits(),
-            self.timers,
-            time.monotonic,
             lambda _, closed: setattr(self, "closed", closed),
             first,
         )
 
     def step(self, timeout: float = 0.0) -> bool:
-        events = self.selector.select(timeout) if self.selector.get_map() else []
-        for key, mask in events:
-            key.data(mask)
-        self.timers.check(time.monotonic())
-        return bool(events)
+        return self.loop.turn(timeout) > 0
 
     def finish(self, *peers: Peer) -> None:
         """Let everything flow, and these peers read, until they have seen an end."""
@@ -115,7 +109,7 @@ class Rig:
 
     def close(self) -> None:
         self.relay.close()
-        self.selector.close()
+        self.loop.shut_down()
         for peer in (self.client, self.server):
             peer.sock.close()
 
@@ -192,7 +186,7 @@ def test_half_closed_the_other_direction_goes_on(rig: Rig) -> None:
     rig.server.fin()
     rig.finish(rig.client)
     assert bytes(rig.client.seen) == b"answer" * 1000
-    assert rig.closed == Closed("end", 7, 6000)
+    assert rig.closed == Closed("end", "server", 7, 6000)
 
 
 def test_what_came_before_a_reset_is_delivered_before_it(rig: Rig) -> None:

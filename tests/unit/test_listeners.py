@@ -154,7 +154,8 @@ def test_other_refusals_of_the_kernel_are_one_line(monkeypatch: pytest.MonkeyPat
 
 def test_an_address_of_another_machine_is_refused() -> None:
     assert _failure("192.0.2.1:8000") == (  # RFC 5737: nobody has it
-        "listener web: 192.0.2.1:8000 is not an address of this machine; write one that `ip address` lists, or use --freebind"
+        "listener web: 192.0.2.1:8000 is not an address of this machine;"
+        " write one that `ip address` lists, or use --freebind"
     )
 
 

@@ -1,0 +1,335 @@
+"""A client that has no backend yet: its PROXY header is read, it waits in the queue, a connection is made for it.
+
+Another backend is tried as long as nothing was written to one. The client is watched: one that leaves gives its place
+back at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING, NamedTuple
+
+from handoff.core.proxy_protocol import (
+    V2_MAXIMUM_BYTES,
+    Absent,
+    Address,
+    Header,
+    Incomplete,
+    ProxyError,
+    encode_v1,
+    encode_v2,
+    read_header,
+)
+from lb.core.choice import plain_address
+from lb.page import CONNECT_NANOSECONDS, FAILED, TOTAL
+from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
+from lb.relay.loop import LEAVING, READ, WRITE, Loop
+from lb.relay.relay import reset_at_close
+from lb.relay.targets import Target
+
+if TYPE_CHECKING:
+    from lb.relay.engine import Engine
+
+HEADER_SECONDS = 5.0
+LOOK_SECONDS = 0.02
+"""A connection that takes longer to make is worth a look at whether the client is still there."""
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_OURS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN))
+"""No fault of the backend: fds, memory or ports of ours; EAGAIN: a unix socket whose queue is full just now."""
+
+
+class Phase(enum.Enum):
+    """For the log: in which phase it ended."""
+
+    HEADER = "R"
+    QUEUE = "Q"
+    CONNECT = "C"
+
+
+class Given(NamedTuple):
+    """What the relay gets: the server's socket, and the bytes that go first."""
+
+    target: Target
+    server: socket.socket
+    first: bytes
+
+
+class Attempt:
+    """Owns the client's socket until it is relayed or closed. The engine hears how it ended."""
+
+    __slots__ = (
+        *("_began_connecting", "_deadline", "_dispatcher", "_engine", "_first", "_is_watched", "_loop", "_server"),
+        *(
+            "_target",
+            "_tried",
+            "began_at",
+            "client",
+            "counted_as",
+            "destination",
+            "due_at",
+            "is_over",
+            "phase",
+            "source",
+        ),
+    )
+
+    def __init__(self, client: socket.socket, peer: object, dispatcher: Dispatcher, engine: Engine, loop: Loop) -> None:
+        self.client, self._dispatcher, self._engine, self._loop = client, dispatcher, engine, loop
+        self.source: Address | None = (peer[0], peer[1]) if isinstance(peer, tuple) else None
+        """The client's address, as its proxy says; None on a unix socket."""
+        self.destination: Address | None = None
+        """What it connected to, where a proxy says it."""
+        self.counted_as: str | None = None
+        """The source whose count it is in."""
+        self.phase = Phase.QUEUE
+        self.began_at = loop.now
+        self.is_over = False
+        self._first = b""
+        self._is_watched = False
+        self.due_at: float | None = None
+        self._deadline = 0.0
+        """Of the phase."""
+        self._server: socket.socket | None = None
+        self._target: Target | None = None
+        self._tried: list[Target] = []
+        self._began_connecting = 0.0
+
+    @property
+    def target(self) -> Target | None:
+        """It is being connected to."""
+        return self._target
+
+    def begin(self, reads_header: bool) -> None:
+        if reads_header:
+            self.phase = Phase.HEADER
+            self._set_deadline(HEADER_SECONDS)
+            self._watch_client(READ)
+        else:
+            self._begin_connecting()
+
+    # --- the header of a proxy --------------------------------------------------------------------------------------
+
+    def _header_event(self) -> None:
+        try:
+            data = self.client.recv(V2_MAXIMUM_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.end("client", "left")
+            return
+        if not data:
+            self.end("client", "left")
+            return
+        self._first += data
+        try:
+            reading = read_header(self._first)
+        except ProxyError as error:
+            self.end("proxy", str(error))
+            return
+        match reading:
+            case Incomplete():
+                return
+            case Header(size, source, destination):
+                self._first = self._first[size:]
+                self.source, self.destination = source or self.source, destination
+            case Absent() if self._dispatcher.route.accept_proxy == "require":
+                self.end("proxy", "no PROXY header")
+                return
+        self._header_is_done()
+
+    def _header_is_late(self) -> None:
+        if self._dispatcher.route.accept_proxy == "require" or self._first:
+            self.end("client", "no PROXY header in time")
+        else:
+            self._header_is_done()
+
+    def _header_is_done(self) -> None:
+        self._watch_client(0)
+        self._begin_connecting()
+
+    # --- a backend --------------------------------------------------------------------------------------------------
+
+    def try_again(self) -> bool:
+        """From the front of the queue. False: it must wait on, in its place."""
+        return self.is_over or self._connect_somewhere(is_queued=True)
+
+    def table_changed(self) -> None:
+        """An attempt that the present table does not allow is given up for another one."""
+        if self._target is not None and not self._dispatcher.allows(self._target):
+            self._give_up()
+            self._connect_somewhere()
+
+    def _begin_connecting(self) -> None:
+        if self._engine.count_source(self, self._dispatcher):
+            self._connect_somewhere()
+        else:
+            self.end("proxy", "too many of one source")
+
+    def _connect_somewhere(self, is_queued: bool = False) -> bool:
+        """False: there is no place, and it stays in the queue, where it was."""
+        source = plain_address(self.source[0]) if self.source is not None else ""
+        while True:
+            try:
+                target = self._dispatcher.choose(source, self._tried, self._loop.now)
+            except Nobody:
+                self.end("server", "no backend")
+                return True
+            if target is None:
+                if is_queued:
+                    return False
+                self._wait()
+                return True
+            if self._connect(target):
+                return True
+            is_queued = False
+
+    def _wait(self) -> None:
+        self.phase = Phase.QUEUE
+        queue, route = self._dispatcher.queue, self._dispatcher.route
+        if len(queue) >= route.maximum_queue:
+            self.end("proxy", "the queue is full")
+            return
+        queue.append(self)
+        self._set_deadline(route.timeouts.queue_seconds)
+        self._watch_client(LEAVING)
+        self._engine.queued(self._dispatcher)
+
+    def _connect(self, target: Target) -> bool:
+        """False: it failed at once, and another one may be tried. The target's place is ours."""
+        self.phase, self._target = Phase.CONNECT, target
+        self._began_connecting = self._loop.now
+        assert target.address is not None
+        family, address = target.address
+        try:
+            self._server = server = socket.socket(family, _STREAM)
+            if family != socket.AF_UNIX:
+                server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            failure = server.connect_ex(address)
+        except OSError as error:
+            failure = error.errno or errno.EIO
+        if failure == errno.EINPROGRESS:
+            assert self._server is not None
+            self._loop.watch(self._server.fileno(), WRITE, self._server_event)
+            self._set_deadline(self._dispatcher.route.timeouts.connect_seconds, look_after=LOOK_SECONDS)
+            return True
+        if failure == 0:
+            self._connected()
+            return True
+        return self._failed(failure)
+
+    def _server_event(self, _mask: int) -> None:
+        assert self._server is not None
+        failure = self._server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failure == 0:
+            self._connected()
+        elif not self._failed(failure):
+            self._connect_somewhere()
+
+    def _failed(self, failure: int) -> bool:
+        """False: another backend may be tried now. True: this attempt goes on by itself."""
+        target = self._target
+        assert target is not None
+        self._give_up()
+        if failure in _OURS:
+            left = self.began_at + self._dispatcher.route.timeouts.connect_seconds - self._loop.now
+            if left <= 0:
+                self.end("proxy", os.strerror(failure).lower())
+            else:
+                self._watch_client(LEAVING)
+                self._set_deadline(min(RETRY_SECONDS, left))
+            return True
+        target.cells[FAILED] += 1
+        self._engine.connect_failed(target, os.strerror(failure).lower())
+        self._tried.append(target)
+        return self.is_over
+
+    def _connected(self) -> None:
+        target, server = self._target, self._server
+        assert target is not None
+        assert server is not None
+        self.due_at = self._target = self._server = None
+        self.is_over = True
+        target.cells[TOTAL] += 1
+        target.cells[CONNECT_NANOSECONDS] += int((self._loop.now - self._began_connecting) * 1e9)
+        self._engine.connected(self, Given(target, server, self._proxy_header() + self._first), self._dispatcher)
+
+    def _proxy_header(self) -> bytes:
+        version = self._dispatcher.route.send_proxy
+        if version == "off":
+            return b""
+        destination = self.destination
+        if destination is None and self.source is not None:
+            name = self.client.getsockname()
+            destination = (name[0], name[1]) if isinstance(name, tuple) else None
+        return (encode_v1 if version == "v1" else encode_v2)(self.source, destination)
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def is_due(self, now: float) -> None:
+        if now < self._deadline:  # time for a look
+            self._watch_client(LEAVING)
+            self.due_at = self._deadline
+            return
+        self.due_at = None
+        match self.phase:
+            case Phase.HEADER if self._dispatcher.route.accept_proxy == "require" or self._first:
+                self.end("client", "no PROXY header in time", is_late=True)
+            case Phase.HEADER:
+                self._header_is_done()
+            case Phase.QUEUE:
+                self.end("server", "no place in time", is_late=True)
+            case Phase.CONNECT:
+                if self._target is None or not self._failed(errno.ETIMEDOUT):
+                    self._connect_somewhere()
+
+    def _set_deadline(self, seconds: float, look_after: float | None = None) -> None:
+        now = self._loop.now
+        self._deadline = now + seconds
+        self.due_at = now + min(seconds, look_after or seconds)
+        self._loop.timers.arm(self)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _watch_client(self, mask: int) -> None:
+        if mask or self._is_watched:
+            self._is_watched = bool(mask)
+            self._loop.watch(self.client.fileno(), mask, self._client_event)
+
+    def _client_event(self, _mask: int) -> None:
+        if self.is_over:
+            return
+        if self.phase is Phase.HEADER:
+            self._header_event()
+            return
+        try:  # it has sent a FIN, or a reset; a FIN may be half of a conversation: then it has said something before
+            has_said = bool(self._first or self.client.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return
+        except OSError:
+            has_said = False
+        if not has_said:
+            self.end("client", "left")
+
+    def end(self, side: str, reason: str, is_late: bool = False) -> None:
+        """The client is closed, with a reset unless it has left by itself."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._give_up()
+        if side != "client" or is_late:
+            reset_at_close(self.client)
+        self._loop.close(self.client)
+        self._engine.ended(self, side, reason, is_late, self._dispatcher)
+
+    def _give_up(self) -> None:
+        """The connection that is being made, and the place at the backend."""
+        self.due_at = None
+        if self._server is not None:
+            self._loop.close(self._server)
+            self._server = None
+        if self._target is not None:
+            target, self._target = self._target, None
+            target.give_back()

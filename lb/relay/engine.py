@@ -1,0 +1,244 @@
+"""A relay worker's connections: let in, relayed, counted and logged, closed when a backend is to be empty."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from handoff.worker.proxied import Rules
+from lb.core.choice import plain_address
+from lb.core.table import Route, Table
+from lb.page import RECEIVED_BYTES, RESET, SENT_BYTES, Page
+from lb.relay.attempt import Attempt, Given
+from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher
+from lb.relay.loop import Loop
+from lb.relay.relay import Closed, Limits, Relay, reset_at_close
+from lb.relay.targets import Target, Targets
+
+CLOSING_TICK_SECONDS = 0.05
+
+_LOG = logging.getLogger("handoff.lb")
+
+
+class Listening(Protocol):
+    """Who hears of backends that cannot be connected to."""
+
+    def failed(self, identity: str, reason: str) -> None: ...
+
+    def recovered(self, identity: str) -> None: ...
+
+
+class AccessLog(Protocol):
+    def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool) -> None: ...
+
+    def relayed(self, attempt: Attempt, service: str, target: Target, closed: Closed, seconds: float) -> None: ...
+
+
+class Service:
+    """What the engine keeps for one service."""
+
+    __slots__ = ("dispatcher", "limits", "name", "rules")
+
+    def __init__(self, name: str, dispatcher: Dispatcher) -> None:
+        self.name = name
+        self.dispatcher = dispatcher
+        self.take(dispatcher.route)
+
+    def take(self, route: Route) -> None:
+        timeouts = route.timeouts
+        self.limits = Limits(
+            timeouts.idle_seconds, timeouts.fin_seconds, timeouts.first_byte_seconds, timeouts.tunnel_seconds
+        )
+        self.rules = None if route.accept_proxy == "off" else Rules(route.accept_proxy, route.proxy_from)
+
+
+class Engine:
+    """Owns all sockets of clients and backends, and what is known of the backends."""
+
+    def __init__(
+        self, loop: Loop, page: Page, table: Table, listening: Listening, access_log: AccessLog | None = None
+    ) -> None:
+        self._loop = loop
+        self._listening = listening
+        self._access_log = access_log
+        self._random = random.Random()
+        self._targets = Targets(page)
+        self._services: dict[str, Service] = {}
+        self._attempts: set[Attempt] = set()
+        self._waking: set[Dispatcher] = set()
+        self.table = table
+        self.connections = 0
+        """Relayed now."""
+        self.look_up: Callable[[Target], None] = lambda target: None
+        """Called for each backend that is called by a name, until it has an address."""
+        self.take(table)
+
+    # --- the table --------------------------------------------------------------------------------------------------
+
+    def take(self, table: Table) -> None:
+        """From now on nothing is begun by an older table."""
+        self.table = table
+        self._targets.unlist_all()
+        for name, route in table.routes.items():
+            service = self._services.get(name)
+            if service is None:
+                self._services[name] = Service(name, Dispatcher(route, self._targets, self._random))
+            else:
+                service.dispatcher.take(route)
+                service.take(route)
+        for attempt in list(self._attempts):
+            attempt.table_changed()
+        for target in self._targets:
+            if target.address is None:
+                self.look_up(target)
+            self._begin_closing(target)
+        self._targets.drop_unused()
+        self.wake_all()
+
+    def wake_all(self) -> None:
+        for service in self._services.values():
+            service.dispatcher.wake()
+
+    @property
+    def waiting(self) -> int:
+        """Clients that have no backend yet."""
+        return len(self._attempts)
+
+    # --- clients ----------------------------------------------------------------------------------------------------
+
+    def let_in(self, name: str, client: socket.socket, peer: object) -> None:
+        """A new connection of a service. Takes ownership."""
+        service = self._services.get(name)
+        if service is None:  # its route is gone from the table, its listener stays until the reload
+            reset_at_close(client)
+            self._loop.close(client)
+            return
+        dispatcher = service.dispatcher
+        attempt = Attempt(client, peer, dispatcher, self, self._loop)
+        self._attempts.add(attempt)
+        rules = service.rules
+        if rules is None:
+            attempt.begin(reads_header=False)
+        elif rules.trusts(client):
+            attempt.begin(reads_header=True)
+        elif rules.is_required:
+            attempt.end("proxy", "its PROXY header is not trusted")
+        else:
+            attempt.begin(reads_header=False)
+
+    def connected(self, attempt: Attempt, given: Given, dispatcher: Dispatcher) -> None:
+        """From an attempt: it has a backend."""
+        self._attempts.discard(attempt)
+        target = given.target
+        if target.has_failed:
+            target.has_failed = False
+            self._listening.recovered(target.endpoint.identity)
+        service = self._services[dispatcher.route.service]
+        relay = Relay(
+            attempt.client,
+            given.server,
+            self._loop,
+            service.limits,
+            partial(self._relayed, attempt, target, dispatcher),
+            given.first,
+        )
+        self.connections += 1
+        target.relays.add(relay)
+
+    def connect_failed(self, target: Target, reason: str) -> None:
+        """From an attempt."""
+        target.has_failed = True
+        self._listening.failed(target.endpoint.identity, reason)
+
+    def queued(self, dispatcher: Dispatcher) -> None:
+        """From an attempt: it waits. Places that other relay workers give back are looked for."""
+        if dispatcher not in self._waking:
+            self._waking.add(dispatcher)
+            self._loop.timers.call_at(self._loop.now + RETRY_SECONDS, partial(self._look_for_place, dispatcher))
+
+    def ended(self, attempt: Attempt, side: str, reason: str, is_late: bool, dispatcher: Dispatcher) -> None:
+        """From an attempt: there will be no relay."""
+        self._attempts.discard(attempt)
+        self._uncount_source(attempt, dispatcher)
+        if self._access_log is not None:
+            self._access_log.ended(attempt, dispatcher.route.service, side, reason, is_late)
+
+    def close_some(self, count: int) -> None:
+        """The deadline of a drain is near: so many connections are closed."""
+        for target in self._targets:
+            for relay in list(target.relays)[:count]:
+                relay.close()
+                count -= 1
+        if count > 0:
+            for attempt in list(self._attempts)[:count]:
+                attempt.end("proxy", "the balancer drains")
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _relayed(self, attempt: Attempt, target: Target, dispatcher: Dispatcher, relay: Relay, closed: Closed) -> None:
+        self.connections -= 1
+        target.relays.discard(relay)
+        cells = target.cells
+        cells[SENT_BYTES] += closed.sent_bytes
+        cells[RECEIVED_BYTES] += closed.received_bytes
+        if closed.cause != "end":
+            cells[RESET] += 1
+        target.give_back()
+        self._uncount_source(attempt, dispatcher)
+        if self._access_log is not None:
+            seconds = self._loop.now - attempt.began_at
+            self._access_log.relayed(attempt, dispatcher.route.service, target, closed, seconds)
+        if dispatcher.queue:
+            dispatcher.wake()
+        if not target.is_listed and not target.relays:
+            self._targets.drop_unused()
+
+    def _look_for_place(self, dispatcher: Dispatcher) -> None:
+        self._waking.discard(dispatcher)
+        dispatcher.wake()
+        if dispatcher.queue:
+            self.queued(dispatcher)
+
+    def count_source(self, attempt: Attempt, dispatcher: Dispatcher) -> bool:
+        """From an attempt, when its source is known. False: there are too many of it."""
+        limit = dispatcher.route.per_source
+        if limit is None or attempt.source is None:
+            return True
+        source = plain_address(attempt.source[0])
+        if dispatcher.sources[source] >= limit:
+            return False
+        dispatcher.sources[source] += 1
+        attempt.counted_as = source
+        return True
+
+    def _uncount_source(self, attempt: Attempt, dispatcher: Dispatcher) -> None:
+        source = attempt.counted_as
+        if source is not None:
+            dispatcher.sources[source] -= 1
+            if not dispatcher.sources[source]:
+                del dispatcher.sources[source]
+
+    def _begin_closing(self, target: Target) -> None:
+        """What its endpoint says of closing is new: it is done from then on, or not any more."""
+        if target.closing == target.endpoint.closing:
+            return
+        target.closing = closing = target.endpoint.closing
+        if closing is not None:
+            self._loop.timers.call_at(max(closing.at, self._loop.now), partial(self._close_a_share, target, closing))
+
+    def _close_a_share(self, target: Target, closing: object) -> None:
+        present = target.closing
+        if present is None or present is not closing:
+            return
+        left = present.at + present.spread_seconds - self._loop.now
+        count = len(target.relays)
+        share = count if left <= 0 else math.ceil(count * CLOSING_TICK_SECONDS / (left + CLOSING_TICK_SECONDS))
+        for relay in list(target.relays)[:share]:
+            relay.close()
+        at = self._loop.now + CLOSING_TICK_SECONDS
+        self._loop.timers.call_at(at, partial(self._close_a_share, target, closing))

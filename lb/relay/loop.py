@@ -1,0 +1,87 @@
+"""The event loop of a relay worker: epoll, deadlines, and one clock reading for each turn.
+
+On epoll itself: a client that waits is watched for its leaving (EPOLLRDHUP), which `selectors` has no name for, and a
+callback by file descriptor is all that the hot path needs.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+
+from lb.relay.timers import Timers
+
+READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+LEAVING = select.EPOLLRDHUP | select.EPOLLET
+"""The other side has ended, or was reset. Told once."""
+READABLE, WRITABLE = ~WRITE, ~READ
+"""Masks of what is worth an attempt: errors and hang-ups are for reading and writing to find out."""
+EVENTS_PER_TURN = 512
+
+Callback = Callable[[int], None]
+
+
+class Loop:
+    """Owns its epoll. Callbacks get the mask of the event."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callback] = {}
+        self._closing: list[socket.socket] = []
+        self.timers = Timers()
+        self.now = time.monotonic()
+        """Of this turn, in seconds."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is watched."""
+        return not self._callbacks
+
+    def watch(self, fd: int, mask: int, callback: Callback) -> None:
+        """From now on call back for these events, and no others, of an open fd; a mask of 0 ends it."""
+        if not mask:  # unregistered, since epoll reports a hang-up even where nothing was asked for
+            if self._callbacks.pop(fd, None) is not None:
+                self._epoll.unregister(fd)
+        elif fd in self._callbacks:
+            self._callbacks[fd] = callback
+            self._epoll.modify(fd, mask)
+        else:
+            self._epoll.register(fd, mask)
+            self._callbacks[fd] = callback
+
+    def close(self, sock: socket.socket) -> None:
+        """At the end of this turn, which leaves epoll as well: the number must not mean another socket before that."""
+        self._callbacks.pop(sock.fileno(), None)
+        self._closing.append(sock)
+
+    def turn(self, timeout: float | None) -> int:
+        """Wait until something happens or is due, for at most `timeout` seconds. Returns how much happened."""
+        due_at = self.timers.next_deadline()
+        if due_at is not None:
+            left = max(0.0, due_at - time.monotonic())
+            timeout = left if timeout is None else min(timeout, left)
+        events = self._epoll.poll(timeout, EVENTS_PER_TURN)
+        self.now = time.monotonic()
+        callbacks = self._callbacks
+        for fd, mask in events:
+            callback = callbacks.get(fd)
+            if callback is not None:
+                callback(mask)
+        if due_at is not None and due_at <= self.now:
+            self.timers.check(self.now)
+        if self._closing:
+            self.close_now()
+        return len(events)
+
+    def close_now(self) -> None:
+        """Close what waits for the end of the turn. Not within a callback."""
+        closing, self._closing = self._closing, []
+        for sock in closing:
+            sock.close()
+
+    def shut_down(self) -> None:
+        self.close_now()
+        self._callbacks.clear()
+        self._epoll.close()

@@ -1,0 +1,117 @@
+"""The program of a relay worker: `main(worker)`, run by handoff as the workers of a balancer's service."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from handoff import Worker
+from lb.control.stored import initial_table
+from lb.core.model import Balancer
+from lb.core.table import Table
+from lb.core.wire import PAGE_NAME, Hello
+from lb.page import Page
+from lb.relay.acceptor import Acceptor
+from lb.relay.access_log import AccessLog
+from lb.relay.engine import Engine
+from lb.relay.link import Link
+from lb.relay.loop import READ, Loop
+from lb.relay.names import Names
+
+SPREAD_SECONDS = 5.0
+"""What is left near the deadline of a drain is closed over so long, and not in one storm."""
+CLOSING_TICK_SECONDS = 0.1
+
+
+class Arguments(msgspec.Struct, frozen=True, kw_only=True):
+    """`worker.arguments`, as `lb.describe` prints them."""
+
+    balancer: Balancer
+    shown: str
+    state: str
+
+
+def main(worker: Worker) -> None:
+    """Relays until the drain is done."""
+    arguments = msgspec.convert(worker.arguments, Arguments)
+    directory = Path(os.environ["HANDOFF_RUNTIME_DIRECTORY"])
+    page = Page(directory / PAGE_NAME)
+    page.take_row()
+    table = initial_table(arguments.balancer, worker.generation, directory, Path(arguments.state))
+    names = {service.name for service in arguments.balancer.services}
+    listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
+    if worker.ready():
+        relays = RelayWorker(worker, page, table, directory, has_access_log=arguments.balancer.access_log)
+        relays.serve(listeners)
+    page.close()
+
+
+def _service_of(listener: str) -> str:
+    """Listeners are called SERVICE.N."""
+    return listener.rpartition(".")[0]
+
+
+class RelayWorker:
+    """The engine, its link to the controller, and the drain."""
+
+    def __init__(self, worker: Worker, page: Page, table: Table, directory: Path, has_access_log: bool) -> None:
+        assert page.row is not None
+        self._worker = worker
+        self._is_draining = False
+        self._loop = Loop()
+        self._log = AccessLog(sys.stdout.fileno()) if has_access_log else None
+        hello = Hello(pid=os.getpid(), generation=worker.generation, slot=worker.slot, row=page.row)
+        self._link = Link(self._loop, directory, hello, table, lambda newer: self.engine.take(newer))
+        self.engine = Engine(self._loop, page, table, self._link, self._log)
+        resolver = Names(self._loop, self.engine.wake_all)
+        self.engine.look_up = resolver.ask
+        self._link.open()
+
+    def serve(self, listeners: Mapping[str, socket.socket]) -> None:
+        """Accept until a drain, and go on until its end."""
+        loop, worker = self._loop, self._worker
+        acceptors = {
+            name: Acceptor(listener, loop, partial(self.engine.let_in, _service_of(name)))
+            for name, listener in listeners.items()
+        }
+        for acceptor in acceptors.values():
+            acceptor.open()
+        loop.watch(worker.fileno(), READ, self._worker_event)
+        self._is_draining = worker.draining
+        while not self._is_draining:
+            self._turn(None)
+        for name, acceptor in acceptors.items():
+            acceptor.close()
+            if name in worker.ending_listeners:
+                acceptor.accept_queued()
+        self._link.draining()
+        self._drain()
+        self._link.close()
+        loop.shut_down()
+
+    def _turn(self, timeout: float | None) -> None:
+        self._loop.turn(timeout)
+        self._worker.connections = self.engine.connections
+        if self._log is not None:
+            self._log.flush()
+
+    def _worker_event(self, _mask: int) -> None:
+        self._is_draining = self._worker.wait(0)
+
+    def _drain(self) -> None:
+        """Until all have ended; what has not near the deadline is closed, spread over some time."""
+        spread = min(SPREAD_SECONDS, (self._worker.drain_seconds or 0.0) / 2)
+        while present := self.engine.connections + self.engine.waiting:
+            left = self._worker.drain_seconds or 0.0
+            if left > spread:
+                self._turn(left - spread)
+                continue
+            self.engine.close_some(math.ceil(present * CLOSING_TICK_SECONDS / max(left, CLOSING_TICK_SECONDS)))
+            self._turn(CLOSING_TICK_SECONDS)
