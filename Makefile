@@ -55,6 +55,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench.listen_modes
 	$(BIN)/python -m bench.boot
 	$(BIN)/python -m bench.moves
+	$(BIN)/python -m bench.lb
 	$(BIN)/python -m bench.reload $(ARGS)
 
 clean:

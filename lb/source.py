@@ -14,6 +14,7 @@ from lb.config import parse_config, read_table
 from lb.core.choice import ALGORITHMS
 from lb.core.model import Balancer
 
+DEFAULT_FILE = "lb.toml"
 DEFAULT_NAME = "lb"
 DEFAULT_POOL = "main"
 TYPED = "command line"
@@ -100,11 +101,12 @@ def _typed_table(source: Source, given: dict[str, Any]) -> dict[str, Any]:
             service[key] = getattr(source, key)
     if source.check is not None:
         service["check"] = {"type": "tcp"} if source.check == "tcp" else {"type": "http", "path": source.check}
-    service["pool"] = {DEFAULT_POOL: {"backends": [_backend(one) for one in source.backend]}}
+    service["pool"] = {DEFAULT_POOL: {"backends": [split_backend(one) for one in source.backend]}}
     return {"balancer": given, "service": [service]}
 
 
-def _backend(text: str) -> dict[str, str]:
+def split_backend(text: str) -> dict[str, str]:
+    """What a table of lb.toml would say of `[NAME=]ADDRESS`; without a name the address will be the name."""
     name, equals, address = text.partition("=")
     if not equals or name.startswith("unix:"):  # the path of a socket may hold "="
         return {"address": text}

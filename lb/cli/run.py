@@ -17,7 +17,7 @@ from handoff.errors import ExitCode
 from handoff.resolve import clean_environment, make_launch
 from lb.core.model import Balancer
 from lb.describe import describe
-from lb.source import TYPED, Source, load, source_options, words
+from lb.source import DEFAULT_FILE, TYPED, Source, load, source_options, words
 
 _PASSED = (
     *("run_dir", "label", "stop_timeout", "boot_timeout", "probation", "max_generations", "log_format"),
@@ -54,7 +54,7 @@ for _option in run_service.params:
 
 
 @click.command()
-@click.argument("file", default="lb.toml")
+@click.argument("file", default=DEFAULT_FILE)
 def check(file: str) -> int:
     """Read FILE as `handoff lb run` would. Nothing is bound or served."""
     balancer = prepare(Source(file=file)).balancer
