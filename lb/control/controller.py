@@ -12,7 +12,7 @@ import msgspec
 
 from lb.control.checker import Checker, Task
 from lb.control.checks import Result
-from lb.control.files import boot_id, write_atomically
+from lb.control.files import boot_id, run_id, write_atomically
 from lb.control.names import Names, is_called_by_name
 from lb.control.relays import Relays
 from lb.control.store import Store
@@ -53,7 +53,7 @@ class Controller:
         self.generation = generation
         self.store, self.page, self.relays = store, page, relays
         self._directory = directory
-        self._base = fingerprint(balancer)
+        self._base, self._run = fingerprint(balancer), run_id()
         memory, last = read_memory(directory), read_table(directory)
         is_own = memory is not None and memory.is_of(balancer, generation)
         self.applied = memory.applied if memory is not None and is_own else None
@@ -99,13 +99,17 @@ class Controller:
         tasks.create_task(self.store.keep_trying())
 
     def end(self) -> None:
-        """What was observed is kept for the successor; what was applied stands in the file by now, or not at all."""
-        self.applied = None
+        """What was observed is kept for the successor."""
         self._remember()
         if self._timer is not None:
             self._timer.cancel()
 
     # --- what others ask --------------------------------------------------------------------------------------------
+
+    @property
+    def has_begun(self) -> bool:
+        """There is a table."""
+        return self.checker is not None
 
     def service(self, name: str) -> Service | None:
         return next((service for service in self.balancer.services if service.name == name), None)
@@ -416,6 +420,7 @@ class Controller:
         }
         memory = Memory(
             boot=boot_id(),
+            run=self._run,
             generation=self.generation,
             base=self._base,
             applied=self.applied,
