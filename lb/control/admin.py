@@ -27,6 +27,8 @@ Send = Callable[[Message], Awaitable[None]]
 _STATUSES = {0: 200, 2: 400, 4: 504, 5: 404, 6: 409, 9: 409}
 """Of answers, by their exit codes."""
 _REQUEST: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_MAXIMUM_READ_BYTES = 4 * MAXIMUM_REQUEST_BYTES
+"""What is too long is read up to here, for the client to see the answer."""
 _OPEN = ("/livez", "/readyz")
 """They tell nothing that a connection would not tell: probes need no token."""
 COMMANDS = tuple(str(one.__struct_config__.tag) for one in Request.__args__)
@@ -178,16 +180,15 @@ def _header(headers: list[tuple[bytes, bytes]], name: bytes) -> str | None:
 
 async def _body(receive: Receive) -> bytes | None:
     """None: too long."""
-    body = bytearray()
+    body, size = bytearray(), 0
     while True:
         message = await receive()
-        if message["type"] != "http.request":  # the client left
-            return bytes(body)
-        body += message.get("body", b"")
-        if len(body) > MAXIMUM_REQUEST_BYTES:
-            return None
-        if not message.get("more_body", False):
-            return bytes(body)
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= MAXIMUM_REQUEST_BYTES:
+            body += part
+        if size > _MAXIMUM_READ_BYTES or not message.get("more_body", False):
+            return bytes(body) if size <= MAXIMUM_REQUEST_BYTES else None
 
 
 def _tagged(body: bytes, command: str) -> bytes:
