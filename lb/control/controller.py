@@ -75,6 +75,8 @@ class Controller:
         self.departure_seconds: dict[str, float | None] = {}
         """Of backends that are to be removed: until what they have is closed, where it is not as configured."""
         self._left_at: dict[str, int] = {}
+        self._left: set[str] = set()
+        """Gone for good: the next table is without them."""
         self._is_start = memory is None
         self._is_stirred = False
         self._timer: asyncio.TimerHandle | None = None
@@ -192,6 +194,7 @@ class Controller:
             self._remember()
             self._write(TABLE_NAME, msgspec.json.encode(self.table))
             self.relays.send(self.table)
+            self._left.clear()
         self._check_and_ask()
         self._arm(now)
         self._notify()
@@ -294,7 +297,7 @@ class Controller:
             service = self.service(route.service)
             for pool, endpoints in route.pools.items():
                 for one in endpoints:
-                    if one.identity in self.present or one.identity in self.leaving:
+                    if one.identity in self.present or one.identity in self.leaving or one.identity in self._left:
                         continue
                     if not is_called_by_name(one.address):
                         gone.append(one.identity)
@@ -398,6 +401,7 @@ class Controller:
             revision = self._left_at.setdefault(identity, self.table.revision)
             if not self.relays.behind(revision) and self.connections(identity) == 0:
                 del self.leaving[identity], self._left_at[identity]
+                self._left.add(identity)
                 self.refresh()
 
     def _free_columns(self) -> None:

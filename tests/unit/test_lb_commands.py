@@ -271,7 +271,7 @@ def test_what_is_not_there_is_named_with_the_nearest_that_is(tmp_path: Path) -> 
                 ("drain", {"server": "shpo/b1"}, "there is no service shpo; did you mean shop?"),
                 ("drain", {"server": "shop/b11"}, "shop has no backend b11; did you mean b1?"),
                 ("switch", {"service": "shop", "pool": "gren"}, "shop has no pool gren; did you mean green?"),
-                ("remove", {"pool": "shop/blue", "name": "b2"}, "shop/blue has no backend b2; did you mean b1?"),
+                ("remove", {"pool": "shop/blue", "name": "x"}, "shop/blue has no backend x; there are: b1"),
             ]:
                 status, answer = await command(running, name, **fields)
                 assert (status, answer["exit_code"], answer["message"]) == (404, 5, said)
