@@ -15,7 +15,7 @@ from handoff.cli.run import run as run_service
 from handoff.config import load_settings
 from handoff.errors import UsageError
 from handoff.settings import Launch, Settings
-from lb.cli.run import prepare
+from lb.cli.run import _OTHER_DEFAULTS, _PASSED, prepare, run
 from lb.core.model import Balancer
 from lb.describe import describe, state_directory
 from lb.source import Source, load, words
@@ -190,7 +190,6 @@ def test_more_listeners_than_a_service_can_have_are_refused(file: Path) -> None:
 
 
 def test_the_options_that_are_passed_on_are_those_of_handoff_run() -> None:
-    from lb.cli.run import _PASSED, run
-
-    assert {option.name for option in run_service.params} >= {*_PASSED, "drain_timeout"}
-    assert {option.name for option in run.params} >= {*_PASSED, "drain_timeout"}
+    passed = {*_PASSED, *_OTHER_DEFAULTS}
+    assert {option.name for option in run_service.params} >= passed
+    assert {option.name for option in run.params} >= passed
