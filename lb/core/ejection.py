@@ -23,7 +23,9 @@ class EjectionRules:
 
 
 @dataclass(slots=True)
-class _Record:
+class EjectionRecord:
+    """Of one backend."""
+
     failures: int = 0
     ejections: int = 0
     until: float | None = None
@@ -35,7 +37,7 @@ class Ejections:
     """Of one pool. Times are monotonic."""
 
     rules: EjectionRules
-    records: dict[str, _Record] = field(default_factory=dict)
+    records: dict[str, EjectionRecord] = field(default_factory=dict)
 
     def succeeded(self, identity: str) -> None:
         """A connection was made: the row of failures ends. It does not end an ejection."""
@@ -45,7 +47,7 @@ class Ejections:
 
     def failed(self, identity: str, pool_size: int, now: float) -> float | None:
         """A connection could not be made. Returns until when the backend is out, if that is new."""
-        record = self.records.setdefault(identity, _Record(calm_since=now))
+        record = self.records.setdefault(identity, EjectionRecord(calm_since=now))
         self._forgive(record, now)
         record.failures += 1
         if record.failures < self.rules.failures or record.until is not None:
@@ -72,7 +74,7 @@ class Ejections:
         """The same address, removed and added again, is a new identity: nothing of the old one counts."""
         self.records = {identity: record for identity, record in self.records.items() if identity in identities}
 
-    def _forgive(self, record: _Record, now: float) -> None:
+    def _forgive(self, record: EjectionRecord, now: float) -> None:
         if record.until is not None or record.ejections == 0:
             return
         forgiven = int((now - record.calm_since) / self.rules.forgive_seconds)

@@ -1,0 +1,53 @@
+"""The program of the controller: `main(worker)`, run by handoff as the companion of the relay workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import msgspec
+
+from handoff import AsyncWorker
+from lb.control.controller import Controller
+from lb.control.relays import Relays
+from lb.control.store import Store
+from lb.core.model import Balancer
+from lb.core.wire import PAGE_NAME
+from lb.page import Page
+
+
+class Arguments(msgspec.Struct, frozen=True, kw_only=True):
+    """`worker.arguments`, as `lb.describe` prints them."""
+
+    balancer: Balancer
+    shown: str
+    state: str
+
+
+async def main(worker: AsyncWorker) -> None:
+    """Controls until the drain."""
+    arguments = msgspec.convert(worker.arguments, Arguments)
+    directory = Path(os.environ["HANDOFF_RUNTIME_DIRECTORY"])
+    page = Page(directory / PAGE_NAME)
+    relays = Relays(directory, worker.generation)
+    controller = Controller(
+        arguments.balancer, worker.generation, directory, Store(Path(arguments.state)), page, relays
+    )
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            controller.start(tasks)
+            await relays.open()
+            if await worker.ready():
+                await worker.drained()
+            raise _Ended
+    except* _Ended:
+        pass
+    finally:
+        controller.end()
+        relays.close()
+        page.close()
+
+
+class _Ended(Exception):
+    """Ends the group of tasks."""
