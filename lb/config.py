@@ -156,7 +156,7 @@ class _Reader:
         for index, service in enumerate(services):
             for name, pool in service.pools.items():
                 for backend in pool:
-                    if any(_is_same(parse_bind(backend.address), one) for one in own):
+                    if any(is_same_address(parse_bind(backend.address), one) for one in own):
                         path = ("service", index, "pool", name, "backends")
                         self._fail(path, backend.address, "is an address that this balancer listens on itself")
 
@@ -167,7 +167,8 @@ class _Reader:
         raise UsageError(f"{where}: {subject}{separator}{problem}")
 
 
-def _is_same(backend: Bind, listener: Bind) -> bool:
+def is_same_address(backend: Bind, listener: Bind) -> bool:
+    """What is sent to the one arrives at the other."""
     if backend.kind != listener.kind:
         return False
     if backend.kind != "tcp":

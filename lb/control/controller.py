@@ -12,7 +12,7 @@ import msgspec
 
 from lb.control.checker import Checker, Task
 from lb.control.checks import Result
-from lb.control.files import boot_id, write_atomically
+from lb.control.files import boot_id, run_id, write_atomically
 from lb.control.names import Names, is_called_by_name
 from lb.control.relays import Relays
 from lb.control.store import Store
@@ -53,7 +53,7 @@ class Controller:
         self.generation = generation
         self.store, self.page, self.relays = store, page, relays
         self._directory = directory
-        self._base = fingerprint(balancer)
+        self._base, self._run = fingerprint(balancer), run_id()
         memory, last = read_memory(directory), read_table(directory)
         is_own = memory is not None and memory.is_of(balancer, generation)
         self.applied = memory.applied if memory is not None and is_own else None
@@ -75,6 +75,8 @@ class Controller:
         self.departure_seconds: dict[str, float | None] = {}
         """Of backends that are to be removed: until what they have is closed, where it is not as configured."""
         self._left_at: dict[str, int] = {}
+        self._left: set[str] = set()
+        """Gone for good: the next table is without them."""
         self._is_start = memory is None
         self._is_stirred = False
         self._timer: asyncio.TimerHandle | None = None
@@ -99,13 +101,17 @@ class Controller:
         tasks.create_task(self.store.keep_trying())
 
     def end(self) -> None:
-        """What was observed is kept for the successor; what was applied stands in the file by now, or not at all."""
-        self.applied = None
+        """What was observed is kept for the successor."""
         self._remember()
         if self._timer is not None:
             self._timer.cancel()
 
     # --- what others ask --------------------------------------------------------------------------------------------
+
+    @property
+    def has_begun(self) -> bool:
+        """There is a table."""
+        return self.checker is not None
 
     def service(self, name: str) -> Service | None:
         return next((service for service in self.balancer.services if service.name == name), None)
@@ -188,6 +194,7 @@ class Controller:
             self._remember()
             self._write(TABLE_NAME, msgspec.json.encode(self.table))
             self.relays.send(self.table)
+            self._left.clear()
         self._check_and_ask()
         self._arm(now)
         self._notify()
@@ -290,7 +297,7 @@ class Controller:
             service = self.service(route.service)
             for pool, endpoints in route.pools.items():
                 for one in endpoints:
-                    if one.identity in self.present or one.identity in self.leaving:
+                    if one.identity in self.present or one.identity in self.leaving or one.identity in self._left:
                         continue
                     if not is_called_by_name(one.address):
                         gone.append(one.identity)
@@ -394,6 +401,7 @@ class Controller:
             revision = self._left_at.setdefault(identity, self.table.revision)
             if not self.relays.behind(revision) and self.connections(identity) == 0:
                 del self.leaving[identity], self._left_at[identity]
+                self._left.add(identity)
                 self.refresh()
 
     def _free_columns(self) -> None:
@@ -416,6 +424,7 @@ class Controller:
         }
         memory = Memory(
             boot=boot_id(),
+            run=self._run,
             generation=self.generation,
             base=self._base,
             applied=self.applied,

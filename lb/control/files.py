@@ -59,6 +59,16 @@ def boot_id() -> str:
         return ""
 
 
+def run_id() -> str:
+    """Of the master that started this process: another one after a restart of the service."""
+    pid = os.getppid()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return ""
+    return f"{pid}:{int(fields[19])}"  # proc(5): when it was started
+
+
 def _read(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(fd, "rb") as file:

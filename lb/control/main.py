@@ -9,8 +9,10 @@ from pathlib import Path
 import msgspec
 
 from handoff import AsyncWorker
+from lb.control.admin import Admin
 from lb.control.controller import Controller
 from lb.control.relays import Relays
+from lb.control.server import AdminServer
 from lb.control.store import Store
 from lb.core.model import Balancer
 from lb.core.wire import PAGE_NAME
@@ -34,12 +36,15 @@ async def main(worker: AsyncWorker) -> None:
     controller = Controller(
         arguments.balancer, worker.generation, directory, Store(Path(arguments.state)), page, relays
     )
+    server = AdminServer(Admin(controller), arguments.balancer, directory, worker.listeners)
     try:
+        await relays.open()
+        await server.open()
         async with asyncio.TaskGroup() as tasks:
             controller.start(tasks)
-            await relays.open()
             if await worker.ready():
                 await worker.drained()
+            await server.close()
             raise _Ended
     except* _Ended:
         pass

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from lb.control.peers import Credentials, PrivateListener
 from lb.core.table import Table
@@ -185,7 +185,7 @@ class RelayPeer(asyncio.Protocol):
         return 0 if self.hello is None else self.hello.row
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
         self._transport = transport
         try:
             credentials = Credentials(transport.get_extra_info("socket"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from lb.control.files import boot_id, read_decoded
+from lb.control.files import boot_id, read_decoded, run_id
 from lb.core.compose import Leaving, Observed, Record, compose
 from lb.core.ejection import EjectionRecord
 from lb.core.model import Balancer
@@ -35,6 +35,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """What a controller knows that stands nowhere else."""
 
     boot: str
+    run: str
+    """`run_id` of the master."""
     generation: int
     base: str
     """`fingerprint` of the configuration of this generation."""
@@ -60,8 +62,9 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
         return Observed(records=self.records, ejected=frozenset(out), leaving=self.leaving, addresses=self.addresses)
 
     def is_of(self, balancer: Balancer, generation: int) -> bool:
-        """It is our own, of before a restart."""
-        return self.generation == generation and self.base == fingerprint(balancer)
+        """It is of the same run and generation of the service: of a controller that ours takes the place of."""
+        is_same = self.generation == generation and self.run == run_id()
+        return is_same and self.base == fingerprint(balancer)
 
 
 _MEMORY = msgspec.json.Decoder(Memory)

@@ -137,17 +137,16 @@ def without(changes: Mapping[str, _K], *keys: str) -> dict[str, _K]:
 def with_shares(
     overrides: Overrides, service: Service, shares: Shares, closing: Mapping[str, float] | None = None
 ) -> Overrides:
-    """The next revision of a service. Pools that get a share are not closed any more."""
+    """The next revision of a service, if the shares are others. Pools that get a share are not closed any more."""
     present = overrides.services.get(service.name) or ServiceOverride(configured=service.active)
     former = present.shares or Shares(shares={present.configured: 100}, at=shares.at)
     closes = {**present.closing, **(closing or {})}
     changed = msgspec.structs.replace(
-        present,
-        revision=present.revision + 1,
-        shares=shares,
-        history=(*present.history, former)[-MAXIMUM_HISTORY:],
-        closing={pool: at for pool, at in closes.items() if pool not in shares.shares},
+        present, closing={pool: at for pool, at in closes.items() if pool not in shares.shares}
     )
+    if former.shares != shares.shares:
+        history = (*present.history, former)[-MAXIMUM_HISTORY:]
+        changed = msgspec.structs.replace(changed, revision=present.revision + 1, shares=shares, history=history)
     return msgspec.structs.replace(overrides, services={**overrides.services, service.name: changed})
 
 

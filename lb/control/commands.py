@@ -1,0 +1,309 @@
+"""What each request of the admin API does.
+
+A change is made in one turn of the loop, so they come one after another; waiting for its effect blocks nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from handoff.addresses import parse_bind
+from handoff.errors import UsageError
+from handoff.option_table import is_service_name
+from lb.config import MAXIMUM_BACKENDS, is_same_address, parse_config
+from lb.control.controller import Controller
+from lb.control.switching import published, rollback, switch
+from lb.core.admin import (
+    Add,
+    Answer,
+    Apply,
+    Drain,
+    Maint,
+    Ready,
+    Remove,
+    Request,
+    Rollback,
+    Switch,
+    Weight,
+)
+from lb.core.choice import MAXIMUM_WEIGHT
+from lb.core.compose import Present
+from lb.core.lookup import REFUSED, TIMED_OUT, UNKNOWN, USAGE, Found, Refusal, find_backend, find_pool, nearest
+from lb.core.model import Backend
+from lb.core.overrides import (
+    Added,
+    Removed,
+    StateChange,
+    WeightChange,
+    key_of,
+    pools_of,
+    said_of,
+    said_of_weight,
+    without,
+)
+from lb.core.reloading import taken_in_place
+
+COUNT_SECONDS = 0.05
+"""Between two looks at the connections that are left: they are counted in shared memory, which tells nobody."""
+
+_LOG = logging.getLogger("handoff.lb")
+
+
+class Commands:
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    async def carry_out(self, request: Request) -> Answer:
+        """Never raises for what was asked."""
+        by = f" by {request.who}" if request.who else ""
+        why = f": {request.why}" if request.why else ""
+        try:
+            answer = await self._carry_out(request)
+        except Refusal as refusal:
+            answer = Answer(exit_code=refusal.exit_code, message=refusal.message)
+        except UsageError as error:
+            answer = Answer(exit_code=USAGE, message=error.message)
+        problem = self._controller.store.problem
+        if problem is not None:
+            answer = msgspec.structs.replace(answer, notes=(*answer.notes, f"not durable: {problem}"))
+        _LOG.info("%s%s%s: %s", type(request).__name__.lower(), by, why, answer.message)
+        return answer
+
+    async def _carry_out(self, request: Request) -> Answer:
+        match request:
+            case Drain():
+                return await self._drain(request)
+            case Ready():
+                return await self._ready(request)
+            case Maint():
+                return await self._maint(request)
+            case Weight():
+                return await self._weight(request)
+            case Add():
+                return await self._add(request)
+            case Remove():
+                return await self._remove(request)
+            case Switch():
+                return await switch(self._controller, request)
+            case Rollback():
+                return await rollback(self._controller, request)
+            case Apply():
+                return await self._apply(request)
+
+    # --- one backend ------------------------------------------------------------------------------------------------
+
+    async def _drain(self, request: Drain) -> Answer:
+        controller = self._controller
+        found = self._find(request.server)
+        seconds = request.deadline_seconds
+        seconds = found.service.timeouts.drain_seconds if seconds is None else seconds
+        now = controller.wall()
+        present = controller.overrides.states.get(found.key)
+        # A second drain does not begin anew: the deadline counts from the first one's start.
+        at = present.at if present is not None and present.state == "drain" else now
+        change = StateChange(
+            who=request.who,
+            why=request.why,
+            at=at,
+            until=_until(request.until_seconds),
+            configured=found.backend.address,
+            state="drain",
+            closing_at=None if seconds is None else at + seconds,
+        )
+        answer = await self._set_state(found, change, "drains")
+        return await self._emptied(found.key, answer, request.wait_seconds)
+
+    async def _maint(self, request: Maint) -> Answer:
+        found = self._find(request.server)
+        change = StateChange(
+            who=request.who,
+            why=request.why,
+            at=self._controller.wall(),
+            until=_until(request.until_seconds),
+            configured=found.backend.address,
+            state="maint",
+        )
+        answer = await self._set_state(found, change, "is in maintenance")
+        return await self._emptied(found.key, answer, request.wait_seconds)
+
+    async def _set_state(self, found: Found, change: StateChange, what: str) -> Answer:
+        overrides = self._controller.overrides
+        changed = msgspec.structs.replace(overrides, states={**overrides.states, found.key: change})
+        return await self._published(self._controller.override(changed), f"{found.key} {what}")
+
+    async def _ready(self, request: Ready) -> Answer:
+        controller = self._controller
+        found = self._find(request.server)
+        overrides = controller.overrides
+        changed = msgspec.structs.replace(
+            overrides,
+            states=without(overrides.states, found.key),
+            weights=without(overrides.weights, found.key),
+        )
+        answer = await self._published(controller.override(changed), f"{found.key} is ready")
+        return await self._came_up(found.key, answer, request.wait_seconds)
+
+    async def _weight(self, request: Weight) -> Answer:
+        if not 0 <= request.weight <= MAXIMUM_WEIGHT:
+            raise Refusal(USAGE, f"weight {request.weight}: expected a whole number from 0 to {MAXIMUM_WEIGHT}")
+        controller = self._controller
+        found = self._find(request.server)
+        change = WeightChange(
+            who=request.who,
+            why=request.why,
+            at=controller.wall(),
+            configured=said_of_weight(found.backend),
+            weight=request.weight,
+        )
+        overrides = controller.overrides
+        changed = msgspec.structs.replace(overrides, weights={**overrides.weights, found.key: change})
+        return await self._published(controller.override(changed), f"{found.key} has weight {request.weight}")
+
+    # --- which backends ---------------------------------------------------------------------------------------------
+
+    async def _add(self, request: Add) -> Answer:
+        controller = self._controller
+        service, pool = find_pool(controller.balancer, request.pool)
+        backend = Backend(
+            name=request.name,
+            address=request.address,
+            weight=request.weight,
+            maxconn=request.maxconn,
+            backup=request.backup,
+        )
+        members = pools_of(service, controller.overrides)[pool]
+        self._check_new(backend, members)
+        overrides = controller.overrides
+        key = key_of(service.name, pool, backend.name)
+        if key in overrides.removed and backend in service.pools[pool]:
+            changed = msgspec.structs.replace(overrides, removed=without(overrides.removed, key))
+        else:
+            added = Added(who=request.who, why=request.why, at=controller.wall(), backend=backend)
+            changed = msgspec.structs.replace(overrides, added={**overrides.added, key: added})
+        answer = await self._published(controller.override(changed), f"{key} is added")
+        return await self._came_up(key, answer, request.wait_seconds)
+
+    def _check_new(self, backend: Backend, members: tuple[Backend, ...]) -> None:
+        bind = parse_bind(backend.address)
+        if bind.kind not in ("tcp", "unix") or bind.is_any_port or bind.name is not None:
+            raise Refusal(USAGE, f"{backend.address}: expected HOST:PORT, [V6]:PORT or unix:PATH")
+        if backend.name != backend.address and not is_service_name(backend.name):
+            raise Refusal(USAGE, f"{backend.name}: is no name; expected up to 64 letters, digits and . _ -")
+        if not 0 <= backend.weight <= MAXIMUM_WEIGHT:
+            raise Refusal(USAGE, f"weight {backend.weight}: expected a whole number from 0 to {MAXIMUM_WEIGHT}")
+        if backend.maxconn is not None and not 1 <= backend.maxconn <= 1_000_000:
+            raise Refusal(USAGE, f"maxconn {backend.maxconn}: expected a whole number from 1 to 1000000")
+        if any(one.name == backend.name for one in members):
+            raise Refusal(REFUSED, f"{backend.name} is there already; nothing changed")
+        if len(members) >= MAXIMUM_BACKENDS:
+            raise Refusal(REFUSED, f"the pool has {len(members)} backends, the most there may be; nothing changed")
+        balancer = self._controller.balancer
+        own = [listen for service in balancer.services for listen in service.listen]
+        own += [balancer.admin] if balancer.admin is not None else []
+        if any(is_same_address(bind, parse_bind(one)) for one in own):
+            raise Refusal(USAGE, f"{backend.address} is an address that this balancer listens on itself")
+
+    async def _remove(self, request: Remove) -> Answer:
+        controller = self._controller
+        service, pool = find_pool(controller.balancer, request.pool)
+        members = {one.name: one for one in pools_of(service, controller.overrides)[pool]}
+        if request.name not in members:
+            hint = nearest(request.name, members)
+            raise Refusal(UNKNOWN, f"{request.pool} has no backend {request.name}{hint}")
+        key = key_of(service.name, pool, request.name)
+        identities = [one.identity for one in controller.present.values() if one.key == key]
+        for identity in identities:
+            controller.departure_seconds[identity] = request.deadline_seconds
+        overrides = controller.overrides
+        removed = dict(overrides.removed)
+        configured = {one.name: one for one in service.pools[pool]}.get(request.name)
+        if configured is not None and key not in removed:
+            removed[key] = Removed(
+                who=request.who, why=request.why, at=controller.wall(), configured=said_of(configured)
+            )
+        changed = msgspec.structs.replace(
+            overrides,
+            removed=removed,
+            added=without(overrides.added, key),
+            states=without(overrides.states, key),
+            weights=without(overrides.weights, key),
+        )
+        answer = await self._published(controller.override(changed), f"{key} is removed")
+        return await self._without_connections(identities, answer, request.wait_seconds)
+
+    async def _apply(self, request: Apply) -> Answer:
+        controller = self._controller
+        wanted = parse_config(request.text, request.shown)
+        effective, notes = taken_in_place(controller.balancer, wanted)
+        before = {service.name: service for service in controller.balancer.services}
+        touched = [one.name for one in effective.services if one != before[one.name]]
+        revision, dropped = controller.apply(effective)
+        done = f"{request.shown} is applied: {', '.join(touched) or 'nothing'} changed"
+        answer = await self._published(revision, done)
+        return msgspec.structs.replace(answer, notes=(*notes, *dropped, *answer.notes))
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _find(self, text: str) -> Found:
+        return find_backend(self._controller.balancer, self._controller.overrides, text)
+
+    async def _published(self, revision: int, done: str) -> Answer:
+        return await published(self._controller, revision, done)
+
+    async def _came_up(self, key: str, answer: Answer, wait_seconds: float | None) -> Answer:
+        if answer.exit_code or wait_seconds is None:
+            return answer
+
+        def present() -> Present | None:
+            return next((one for one in self._controller.present.values() if one.key == key), None)
+
+        def is_up() -> bool:
+            one = present()
+            return one is None or one.standing.is_eligible
+
+        if not await self._controller.wait_for(is_up, wait_seconds):
+            one = present()
+            health = "gone" if one is None else one.standing.health.value
+            problem = f"{answer.message}, but it is {health} after {wait_seconds:g} s"
+            return msgspec.structs.replace(answer, exit_code=TIMED_OUT, message=problem)
+        if present() is None:
+            return msgspec.structs.replace(answer, exit_code=UNKNOWN, message=f"{key} was removed meanwhile")
+        # That it is up stands in a table, which they are to have.
+        return await self._published(self._controller.publish(), f"{answer.message}, and up")
+
+    async def _emptied(self, key: str, answer: Answer, wait_seconds: float | None) -> Answer:
+        identities = [one.identity for one in self._controller.present.values() if one.key == key]
+        return await self._without_connections(identities, answer, wait_seconds)
+
+    async def _without_connections(self, identities: list[str], answer: Answer, wait_seconds: float | None) -> Answer:
+        if answer.exit_code or wait_seconds is None:
+            return answer
+
+        def left() -> int:
+            return sum(self._controller.connections(identity) for identity in identities)
+
+        if await _until_counted(lambda: not left(), wait_seconds):
+            return msgspec.structs.replace(answer, message=f"{answer.message}; no connection is left")
+        problem = f"{answer.message}; {left()} connections are left after {wait_seconds:g} s"
+        return msgspec.structs.replace(answer, exit_code=TIMED_OUT, message=problem)
+
+
+def _until(seconds: float | None) -> float | None:
+    """By the wall clock: it holds over a reboot."""
+    return None if seconds is None else time.time() + seconds
+
+
+async def _until_counted(is_done: Callable[[], bool], seconds: float) -> bool:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not is_done():
+        left = deadline - loop.time()
+        if left <= 0:
+            return False
+        await asyncio.sleep(min(COUNT_SECONDS, left))
+    return True
