@@ -28,9 +28,12 @@ def test_blue_and_green_on_one_machine(tmp_path: Path) -> None:
             edge.done("switch", "shop", "green", "--percent", "10")
             pools = edge.lb_status()["services"]["shop"]["pools"]
             assert {name: pool["percent"] for name, pool in pools.items()} == {"blue": 90, "green": 10}
-            assert "switch" in edge.lb("status").stdout or "green1" in edge.lb("status").stdout
+            assert "green1" in edge.done("status")
             edge.done("rollback", "shop")
-            edge.done("apply")
+            edge.write(edge.file.read_text().replace('interval = "1s"', 'interval = "500ms"'))
+            applied = edge.lb("apply")
+            assert (applied.returncode, applied.stdout) == (0, "edge: lb.toml is applied: shop changed\n")
+            assert applied.stderr == ""
         clients.assert_none_failed()
 
 

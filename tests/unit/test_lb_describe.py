@@ -17,6 +17,7 @@ from handoff.errors import UsageError
 from handoff.settings import Launch, Settings
 from lb.cli.run import _OTHER_DEFAULTS, _PASSED, prepare, run
 from lb.core.model import Balancer
+from lb.core.reloading import taken_in_place
 from lb.describe import describe, state_directory
 from lb.source import Source, load, words
 
@@ -115,6 +116,15 @@ def test_some_options_win_over_the_file(file: Path) -> None:
     balancer = load(source)
     assert (balancer.name, balancer.relays, balancer.admin, balancer.state) == ("other", 5, "127.0.0.1:9000", "/there")
     assert balancer.services == load(Source(file=str(file))).services
+    assert balancer.typed == ("name", "relays", "admin", "state")
+
+
+def test_what_an_option_says_needs_no_reload_when_the_file_is_applied(file: Path) -> None:
+    present = load(Source(file=str(file), relays=5, state="/there"))
+    wanted = load(Source(file=str(file)))
+    assert taken_in_place(present, wanted) == (present, ())
+    changed = msgspec.structs.replace(wanted, admin="127.0.0.1:1", relays=7)
+    assert taken_in_place(present, changed) == (present, ("needs a reload: admin",))
 
 
 @pytest.mark.parametrize(
