@@ -18,27 +18,25 @@ def draw(scenarios: Sequence[Mapping[str, Any]], heading: str, out: Path) -> Non
     except ImportError:
         print("matplotlib is not installed: no plots", file=sys.stderr)
         return
-    columns = max(len(one["balancers"][0]["measures"]) for one in scenarios)
+    columns = max(len(one["measures"]) for one in scenarios)
     figure, grid = pyplot.subplots(
         len(scenarios), columns, figsize=(5.5 * columns, 1.8 * len(scenarios) + 1), squeeze=False
     )
     for axes_of_row, scenario in zip(grid, scenarios, strict=True):
-        measures = list(scenario["balancers"][0]["measures"])
-        for axes in axes_of_row[len(measures) :]:
+        for axes in axes_of_row[len(scenario["measures"]) :]:
             axes.axis("off")
-        for axes, measure in zip(axes_of_row, measures, strict=False):
-            goal = scenario["goals"].get(measure)
-            title = f"{scenario['scenario']}: {measure}" + (f" (to reach: {goal})" if goal else "")
-            _bars(axes, scenario["balancers"], measure, title)
+        for axes, (measure, found) in zip(axes_of_row, scenario["measures"].items(), strict=False):
+            goal = f" (to reach: {found['goal']})" if found["goal"] else ""
+            _bars(axes, found["balancers"], f"{scenario['scenario']}: {measure}{goal}")
     figure.suptitle(heading, fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "lb.png", dpi=100)
     pyplot.close(figure)
 
 
-def _bars(axes: Any, balancers: Sequence[Mapping[str, Any]], measure: str, title: str) -> None:
-    names = [one["balancer"] for one in balancers]
-    found = [one["measures"][measure] for one in balancers]
+def _bars(axes: Any, balancers: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Medians, with the range of all rounds."""
+    names, found = list(balancers), list(balancers.values())
     values = [one["median"] for one in found]
     spread = [
         [one["median"] - min(one["rounds"]) for one in found],

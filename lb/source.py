@@ -78,7 +78,8 @@ def load(source: Source, shown: str | None = None) -> Balancer:
     if given:  # judged by themselves first: a mistake in them is not the file's
         service = {"name": "typed", "listen": "fd://3", "pool": {DEFAULT_POOL: {}}}
         read_table({"balancer": given, "service": [service]}, TYPED)
-    return parse_config(read_small_file(source.file, shown), shown, given)
+    balancer = parse_config(read_small_file(source.file, shown), shown, given)
+    return msgspec.structs.replace(balancer, typed=tuple(given))
 
 
 def words(source: Source) -> list[str]:
