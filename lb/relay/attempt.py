@@ -23,7 +23,6 @@ from handoff.core.proxy_protocol import (
     encode_v2,
     read_header,
 )
-from lb.core.choice import plain_address
 from lb.page import CONNECT_NANOSECONDS, FAILED, TOTAL
 from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
 from lb.relay.loop import LEAVING, READ, WRITE, Loop
@@ -170,7 +169,7 @@ class Attempt:
 
     def _connect_somewhere(self, is_queued: bool = False) -> bool:
         """False: there is no place, and it stays in the queue, where it was."""
-        source = plain_address(self.source[0]) if self.source is not None else ""
+        source = self.source[0] if self.source is not None else ""
         while True:
             try:
                 target = self._dispatcher.choose(source, self._tried, self._loop.now)

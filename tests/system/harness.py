@@ -112,6 +112,7 @@ class Service:
         self.arguments += arguments
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self.environment.pop("PWD", None)
+        self.pass_fds: tuple[int, ...] = ()
         self.process: subprocess.Popen[str] | None = None
         self.port = 0
 
@@ -128,6 +129,7 @@ class Service:
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
+            pass_fds=self.pass_fds,
         )
         self.stdout, self.stderr = Output(self.process.stdout), Output(self.process.stderr)
         return self
