@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from handoff.core.proxy_protocol import Address
 from lb.relay.attempt import Attempt
 from lb.relay.relay import Closed
 from lb.relay.targets import Target
@@ -48,16 +49,16 @@ class AccessLog:
 
     def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool) -> None:
         letter = _SIDES[side].lower() if is_late else _SIDES[side]
-        self._write(attempt, service, None, letter + attempt.phase.value, reason, 0.0, (0, 0))
+        self._write(attempt.source, service, None, letter + attempt.phase.value, reason, 0.0, (0, 0))
 
-    def relayed(self, attempt: Attempt, service: str, target: Target, closed: Closed, seconds: float) -> None:
+    def relayed(self, source: Address | None, service: str, target: Target, closed: Closed, seconds: float) -> None:
         if closed.cause == "end":
             code = "--"
         else:
             letter = _SIDES[closed.side]
             code = (letter.lower() if closed.cause in _TIMED else letter) + "D"
         sizes = closed.sent_bytes, closed.received_bytes
-        self._write(attempt, service, target.endpoint.name, code, closed.cause, seconds, sizes)
+        self._write(source, service, target.endpoint.name, code, closed.cause, seconds, sizes)
 
     def flush(self) -> None:
         if not self._lines:
@@ -75,7 +76,7 @@ class AccessLog:
 
     def _write(
         self,
-        attempt: Attempt,
+        source: Address | None,
         service: str,
         backend: str | None,
         end: str,
@@ -89,7 +90,7 @@ class AccessLog:
         line = Line(
             time=datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
             service=service,
-            client=f"{attempt.source[0]}:{attempt.source[1]}" if attempt.source is not None else "unix",
+            client=f"{source[0]}:{source[1]}" if source is not None else "unix",
             backend=backend,
             end=end,
             reason=reason,

@@ -8,8 +8,9 @@ import random
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from handoff.core.proxy_protocol import Address
 from handoff.worker.proxied import Rules
 from lb.core.choice import plain_address
 from lb.core.table import Route, Table
@@ -36,7 +37,7 @@ class Listening(Protocol):
 class AccessLog(Protocol):
     def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool) -> None: ...
 
-    def relayed(self, attempt: Attempt, service: str, target: Target, closed: Closed, seconds: float) -> None: ...
+    def relayed(self, source: Address | None, service: str, target: Target, closed: Closed, seconds: float) -> None: ...
 
 
 class Service:
@@ -55,6 +56,17 @@ class Service:
             timeouts.idle_seconds, timeouts.fin_seconds, timeouts.first_byte_seconds, timeouts.tunnel_seconds
         )
         self.rules = None if route.accept_proxy == "off" else Rules(route.accept_proxy, route.proxy_from)
+
+
+class Context(NamedTuple):
+    """What is known of a relay, for its end."""
+
+    service: Service
+    target: Target
+    counted_as: str | None
+    source: Address | None
+    """Only where it is logged."""
+    began_at: float
 
 
 class Engine:
@@ -144,8 +156,15 @@ class Engine:
             given.server,
             self._loop,
             service.limits,
-            partial(self._relayed, attempt, target, dispatcher),
+            self._relayed,
             given.first,
+            Context(
+                service,
+                target,
+                attempt.counted_as,
+                attempt.source if self._access_log is not None else None,
+                attempt.began_at,
+            ),
         )
         self.connections += 1
         target.relays.add(relay)
@@ -164,7 +183,7 @@ class Engine:
     def ended(self, attempt: Attempt, side: str, reason: str, is_late: bool, dispatcher: Dispatcher) -> None:
         """From an attempt: there will be no relay."""
         self._attempts.discard(attempt)
-        self._uncount_source(attempt, dispatcher)
+        self._uncount_source(attempt.counted_as, dispatcher)
         if self._access_log is not None:
             self._access_log.ended(attempt, dispatcher.route.service, side, reason, is_late)
 
@@ -180,7 +199,9 @@ class Engine:
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    def _relayed(self, attempt: Attempt, target: Target, dispatcher: Dispatcher, relay: Relay, closed: Closed) -> None:
+    def _relayed(self, relay: Relay, closed: Closed) -> None:
+        context: Context = relay.context
+        target, dispatcher = context.target, context.service.dispatcher
         self.connections -= 1
         target.relays.discard(relay)
         cells = target.cells
@@ -189,10 +210,10 @@ class Engine:
         if closed.cause != "end":
             cells[RESET] += 1
         target.give_back()
-        self._uncount_source(attempt, dispatcher)
+        self._uncount_source(context.counted_as, dispatcher)
         if self._access_log is not None:
-            seconds = self._loop.now - attempt.began_at
-            self._access_log.relayed(attempt, dispatcher.route.service, target, closed, seconds)
+            seconds = self._loop.now - context.began_at
+            self._access_log.relayed(context.source, context.service.name, target, closed, seconds)
         if dispatcher.queue:
             dispatcher.wake()
         if not target.is_listed and not target.relays:
@@ -216,8 +237,7 @@ class Engine:
         attempt.counted_as = source
         return True
 
-    def _uncount_source(self, attempt: Attempt, dispatcher: Dispatcher) -> None:
-        source = attempt.counted_as
+    def _uncount_source(self, source: str | None, dispatcher: Dispatcher) -> None:
         if source is not None:
             dispatcher.sources[source] -= 1
             if not dispatcher.sources[source]:

@@ -33,6 +33,7 @@ class Loop:
         self.timers = Timers()
         self.now = time.monotonic()
         """Of this turn, in seconds."""
+        self.timers.set_now(self.now)
 
     @property
     def is_idle(self) -> bool:
@@ -64,6 +65,7 @@ class Loop:
             timeout = left if timeout is None else min(timeout, left)
         events = self._epoll.poll(timeout, EVENTS_PER_TURN)
         self.now = time.monotonic()
+        self.timers.set_now(self.now)
         callbacks = self._callbacks
         for fd, mask in events:
             callback = callbacks.get(fd)

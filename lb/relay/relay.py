@@ -13,7 +13,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lb.relay.flow import Flow, Result
 from lb.relay.loop import READ, READABLE, WRITABLE, WRITE, Loop
@@ -54,6 +54,7 @@ class Relay:
     __slots__ = (
         *("_client", "_client_mask", "_down", "_ending_at", "_is_closed", "_is_gone", "_last_at", "_limits"),
         *("_loop", "_look_at", "_on_close", "_resetting", "_server", "_server_mask", "_shut_at", "_up", "began_at"),
+        "context",
     )
 
     def __init__(
@@ -64,8 +65,10 @@ class Relay:
         limits: Limits,
         on_close: Callable[[Relay, Closed], None],
         first: bytes = b"",
+        context: Any = None,
     ) -> None:
-        """`first`: bytes for the server that go before what the client sends."""
+        """`first`: bytes for the server that go before what the client sends. `context`: the owner's."""
+        self.context = context
         self._client, self._server = client, server
         self._up, self._down = Flow(client, server), Flow(server, client)
         self._loop, self._limits, self._on_close = loop, limits, on_close

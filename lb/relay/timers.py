@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 BUCKET_SECONDS = 0.02
+FAR_SECONDS = 5.0
+"""What is due later than this from now waits in a bucket of a whole second: there are fewer of them."""
+_BUCKETS_PER_SECOND = 50
 
 
 class Timed(Protocol):
@@ -40,6 +43,7 @@ class Timers:
     """Buckets of 20 ms. Who is in one too early is put into a later one when it comes up."""
 
     def __init__(self) -> None:
+        self._far_from = 0.0
         self._buckets: dict[int, list[Timed]] = {}
         self._order: list[int] = []
 
@@ -48,7 +52,10 @@ class Timers:
         due_at = timed.due_at
         if due_at is None:
             return
-        number = math.ceil(due_at / BUCKET_SECONDS)
+        if due_at > self._far_from:
+            number = math.ceil(due_at) * _BUCKETS_PER_SECOND
+        else:
+            number = math.ceil(due_at / BUCKET_SECONDS)
         bucket = self._buckets.get(number)
         if bucket is None:
             self._buckets[number] = [timed]
@@ -63,6 +70,10 @@ class Timers:
 
     def next_deadline(self) -> float | None:
         return self._order[0] * BUCKET_SECONDS if self._order else None
+
+    def set_now(self, now: float) -> None:
+        """To be called now and then; without it every bucket is of a whole second."""
+        self._far_from = now + FAR_SECONDS
 
     def check(self, now: float) -> None:
         while self._order and self._order[0] * BUCKET_SECONDS <= now:
