@@ -20,7 +20,9 @@ from lb.source import TYPED, Source, load, source_options
 RELAY_APP = "lb.relay.worker:main"
 CONTROLLER_APP = "lb.control.main:main"
 DRAIN_TIMEOUT = "1h"
-"""Of relay workers in a reload. Connections are long-lived here, and cutting one off is what a reload must not do."""
+"""Of relay workers that a reload replaced: they live on with their connections, which may be long."""
+MAXIMUM_GENERATIONS = 10
+"""At once; beyond that the oldest is ended before its time."""
 
 
 def description(balancer: Balancer, shown: str, state: str) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def description(balancer: Balancer, shown: str, state: str) -> dict[str, Any]:
         "bind": listeners(balancer),
         "freebind": balancer.freebind,
         "drain_timeout": DRAIN_TIMEOUT,
+        "max_generations": MAXIMUM_GENERATIONS,
         "arguments": {"balancer": msgspec.to_builtins(balancer), "shown": shown, "state": state},
         "companion": {"controller": controller},
     }

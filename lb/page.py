@@ -64,13 +64,16 @@ class Page:
             raise
         self._cells = memoryview(self._map).cast("Q")
         self._cells[0] = _VERSION
+        self._given: list[memoryview] = []
         self._rows: tuple[int, ...] = ()
         self._rows_known = -1
         self.row: int | None = None
         """The row that we own, and write."""
 
     def close(self) -> None:
-        """The row, if we have one, is given back."""
+        """The row, if we have one, is given back, and no `cells` are good any more."""
+        for cells in self._given:
+            cells.release()
         if self.row is not None:
             with self._locked():
                 self._sweep_row(self.row)
@@ -135,10 +138,11 @@ class Page:
     # --- counting ---------------------------------------------------------------------------------------------------
 
     def cells(self, column: int) -> memoryview:
-        """Our own cells of a backend, by field, to write. They must be released before `close`."""
+        """Our own cells of a backend, by field, to write."""
         assert self.row is not None, "take_row first"
         begin = _HEAD_CELLS + self.row * _ROW_CELLS + column * FIELDS
-        return self._cells[begin : begin + FIELDS]
+        self._given.append(self._cells[begin : begin + FIELDS])
+        return self._given[-1]
 
     def current(self, column: int) -> int:
         """Connections to a backend now, over all relay workers."""

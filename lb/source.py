@@ -14,6 +14,7 @@ from lb.config import parse_config, read_table
 from lb.core.choice import ALGORITHMS
 from lb.core.model import Balancer
 
+DEFAULT_FILE = "lb.toml"
 DEFAULT_NAME = "lb"
 DEFAULT_POOL = "main"
 TYPED = "command line"
@@ -77,7 +78,8 @@ def load(source: Source, shown: str | None = None) -> Balancer:
     if given:  # judged by themselves first: a mistake in them is not the file's
         service = {"name": "typed", "listen": "fd://3", "pool": {DEFAULT_POOL: {}}}
         read_table({"balancer": given, "service": [service]}, TYPED)
-    return parse_config(read_small_file(source.file, shown), shown, given)
+    balancer = parse_config(read_small_file(source.file, shown), shown, given)
+    return msgspec.structs.replace(balancer, typed=tuple(given))
 
 
 def words(source: Source) -> list[str]:
@@ -100,11 +102,12 @@ def _typed_table(source: Source, given: dict[str, Any]) -> dict[str, Any]:
             service[key] = getattr(source, key)
     if source.check is not None:
         service["check"] = {"type": "tcp"} if source.check == "tcp" else {"type": "http", "path": source.check}
-    service["pool"] = {DEFAULT_POOL: {"backends": [_backend(one) for one in source.backend]}}
+    service["pool"] = {DEFAULT_POOL: {"backends": [split_backend(one) for one in source.backend]}}
     return {"balancer": given, "service": [service]}
 
 
-def _backend(text: str) -> dict[str, str]:
+def split_backend(text: str) -> dict[str, str]:
+    """What a table of lb.toml would say of `[NAME=]ADDRESS`; without a name the address will be the name."""
     name, equals, address = text.partition("=")
     if not equals or name.startswith("unix:"):  # the path of a socket may hold "="
         return {"address": text}

@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
+from lb.cli.operate import add, apply, drain, maint, ready, remove, rollback, switch, weight
 from lb.cli.run import check, run
+from lb.cli.show import status
 
 
 class _Program(click.Group):
@@ -25,5 +27,5 @@ def main() -> None:
     """Balance TCP connections over backends: health checks, drains, blue/green switches, no connection lost."""
 
 
-for command in (run, check):
+for command in (run, check, apply, status, drain, ready, maint, weight, add, remove, switch, rollback):
     main.add_command(command)

@@ -17,13 +17,15 @@ from handoff.errors import ExitCode
 from handoff.resolve import clean_environment, make_launch
 from lb.core.model import Balancer
 from lb.describe import describe
-from lb.source import TYPED, Source, load, source_options, words
+from lb.source import DEFAULT_FILE, TYPED, Source, load, source_options, words
 
 _PASSED = (
-    *("run_dir", "label", "stop_timeout", "boot_timeout", "probation", "max_generations", "log_format"),
+    *("run_dir", "label", "stop_timeout", "boot_timeout", "probation", "log_format"),
     *("pidfile", "status_file", "control_group", "metrics"),
 )
 """Options that mean the same as those of `handoff run`."""
+_OTHER_DEFAULTS = ("drain_timeout", "max_generations")
+"""The same, with a default of their own, which is in the description."""
 
 
 class Prepared(NamedTuple):
@@ -36,12 +38,11 @@ class Prepared(NamedTuple):
 
 @click.command()
 @source_options
-@click.option(
-    "--drain-timeout", type=Duration(), help="In a reload, for connections that cannot move to new workers. Default 1h."
-)
+@click.option("--drain-timeout", type=Duration(), help="For replaced relay workers' connections. Default 1h.")
+@click.option("--max-generations", type=int, help="Alive at once; the oldest is ended first. Default 10.")
 def run(**options: Any) -> int:
     """Serve what FILE says, or --listen ADDR --backend ADDR. SIGHUP or `handoff reload` reads it anew."""
-    passed = {key: options.pop(key) for key in ("drain_timeout", *_PASSED)}
+    passed = {key: options.pop(key) for key in (*_OTHER_DEFAULTS, *_PASSED)}
     prepared = prepare(Source(**options))
     context = click.get_current_context()
     result: int = context.invoke(run_service, describe=prepared.describe, chdir=prepared.directory, **passed)
@@ -54,7 +55,7 @@ for _option in run_service.params:
 
 
 @click.command()
-@click.argument("file", default="lb.toml")
+@click.argument("file", default=DEFAULT_FILE)
 def check(file: str) -> int:
     """Read FILE as `handoff lb run` would. Nothing is bound or served."""
     balancer = prepare(Source(file=file)).balancer

@@ -109,3 +109,5 @@ class Balancer(msgspec.Struct, frozen=True, kw_only=True):
     freebind: bool = False
     access_log: bool = False
     services: tuple[Service, ...]
+    typed: tuple[str, ...] = ()
+    """Fields of this table that the command line said, which win over the file's as long as the service runs."""

@@ -11,7 +11,8 @@ _OF_PROCESSES = ("name", "relays", "admin", "admin_token_file", "state", "freebi
 
 def taken_in_place(present: Balancer, wanted: Balancer) -> tuple[Balancer, tuple[str, ...]]:
     """The configuration that can hold at once, and a note for each thing that stays as it is until a reload."""
-    notes = [f"needs a reload: {key}" for key in _OF_PROCESSES if getattr(present, key) != getattr(wanted, key)]
+    said = [key for key in _OF_PROCESSES if key not in present.typed]
+    notes = [f"needs a reload: {key}" for key in said if getattr(present, key) != getattr(wanted, key)]
     by_name = {service.name: service for service in wanted.services}
     services = []
     for service in present.services:
@@ -22,7 +23,7 @@ def taken_in_place(present: Balancer, wanted: Balancer) -> tuple[Balancer, tuple
         else:
             services.append(_in_place(service, new, notes))
     notes += [f"needs a reload: service {name} is new" for name in by_name]
-    kept = {key: getattr(present, key) for key in _OF_PROCESSES}
+    kept = {key: getattr(present, key) for key in (*_OF_PROCESSES, "typed")}
     return msgspec.structs.replace(wanted, services=tuple(services), **kept), tuple(notes)
 
 

@@ -95,7 +95,6 @@ class Targets:
         gone = [one for one in self._known.values() if not one.is_listed and not one.cells[CURRENT]]
         for target in gone:
             del self._known[target.endpoint.identity]
-            target.cells.release()
 
 
 def numeric_address(text: str) -> Address | None:

@@ -24,6 +24,7 @@ from handoff.master.master import _SIGNAL_EVENTS
 from handoff.option_table import ONLY_ON_COMMAND_LINE
 from handoff.settings import Settings
 from handoff.worker.http import LINGER_SECONDS
+from lb.cli import main as balancer
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -33,7 +34,7 @@ DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *DECISIONS]
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -118,7 +119,7 @@ def command_lines() -> list[tuple[str, str]]:
     """Every line in a shell block that runs handoff: (document, line)."""
     found = []
     for document in DOCUMENTS:
-        for language, block in _FENCE.findall(document.read_text()):
+        for language, block in FENCE.findall(document.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
                 command = re.sub(r"^(?:\S*\w=\S* )*(?:ExecStart=|ExecReload=)?(?:\S*/)?(?=handoff )", "", line.strip())
                 if language == "sh" and command.startswith("handoff "):
@@ -132,14 +133,22 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize(("document", "line"), command_lines())
 def test_the_command_line_takes_what_the_documents_say(document: str, line: str) -> None:
+    assert parsed(line).info_name in (*handoff.commands, *balancer.commands)
+
+
+def parsed(line: str) -> click.Context:
+    """What click makes of a line `handoff …`. Raises ClickException."""
     _, name, *arguments = shlex.split(line, comments=True)
+    commands = handoff.commands
+    if name == "lb":
+        commands, name, arguments = balancer.commands, arguments[0], arguments[1:]
     with click.Context(handoff) as parent:
-        handoff.commands[name].make_context(name, arguments, parent=parent)
+        return commands[name].make_context(name, arguments, parent=parent)
 
 
 def test_the_readme_names_every_command() -> None:
     named = {line.split()[1] for document, line in command_lines() if document == README.name}
-    assert named == set(handoff.commands)
+    assert named == {*handoff.commands, "lb"}
 
 
 def test_make_knows_the_targets_that_the_documents_name() -> None:
@@ -152,7 +161,7 @@ def test_make_knows_the_targets_that_the_documents_name() -> None:
 
 def test_the_readme_has_two_commands_of_set_up() -> None:
     quick_start = README.read_text().partition("## Quick start")[2].partition("\n## ")[0]
-    first = _FENCE.findall(quick_start)[0][1]
+    first = FENCE.findall(quick_start)[0][1]
     assert [line.partition("#")[0].strip() for line in first.splitlines()] == ["make run", "make test"]
 
 

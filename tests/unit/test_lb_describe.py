@@ -15,8 +15,9 @@ from handoff.cli.run import run as run_service
 from handoff.config import load_settings
 from handoff.errors import UsageError
 from handoff.settings import Launch, Settings
-from lb.cli.run import prepare
+from lb.cli.run import _OTHER_DEFAULTS, _PASSED, prepare, run
 from lb.core.model import Balancer
+from lb.core.reloading import taken_in_place
 from lb.describe import describe, state_directory
 from lb.source import Source, load, words
 
@@ -115,6 +116,15 @@ def test_some_options_win_over_the_file(file: Path) -> None:
     balancer = load(source)
     assert (balancer.name, balancer.relays, balancer.admin, balancer.state) == ("other", 5, "127.0.0.1:9000", "/there")
     assert balancer.services == load(Source(file=str(file))).services
+    assert balancer.typed == ("name", "relays", "admin", "state")
+
+
+def test_what_an_option_says_needs_no_reload_when_the_file_is_applied(file: Path) -> None:
+    present = load(Source(file=str(file), relays=5, state="/there"))
+    wanted = load(Source(file=str(file)))
+    assert taken_in_place(present, wanted) == (present, ())
+    changed = msgspec.structs.replace(wanted, admin="127.0.0.1:1", relays=7)
+    assert taken_in_place(present, changed) == (present, ("needs a reload: admin",))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +200,6 @@ def test_more_listeners_than_a_service_can_have_are_refused(file: Path) -> None:
 
 
 def test_the_options_that_are_passed_on_are_those_of_handoff_run() -> None:
-    from lb.cli.run import _PASSED, run
-
-    assert {option.name for option in run_service.params} >= {*_PASSED, "drain_timeout"}
-    assert {option.name for option in run.params} >= {*_PASSED, "drain_timeout"}
+    passed = {*_PASSED, *_OTHER_DEFAULTS}
+    assert {option.name for option in run_service.params} >= passed
+    assert {option.name for option in run.params} >= passed
