@@ -114,7 +114,10 @@ async def _ask_http(check: Check, target: Bind, reader: asyncio.StreamReader, wr
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            connection.receive_data(await reader.read(_READ_BYTES))
+            data = await reader.read(_READ_BYTES)
+            if not data and connection.their_state is not h11.SEND_BODY:
+                raise _Failure("closed without an answer")
+            connection.receive_data(data)
         elif isinstance(event, h11.Response):
             low, high = check.status
             if not low <= event.status_code <= high:

@@ -71,10 +71,11 @@ def run_id() -> str:
 
 def _read(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAXIMUM_BYTES:
+        os.close(fd)
+        raise ValueError(f"no file of at most {MAXIMUM_BYTES} bytes")
     with open(fd, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAXIMUM_BYTES:
-            raise ValueError(f"no file of at most {MAXIMUM_BYTES} bytes")
         return file.read()
 
 

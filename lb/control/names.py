@@ -61,7 +61,8 @@ class Names:
                 has_failed = True
             else:
                 has_failed = False
-                self._take(address, [str(Bind(kind="tcp", host=str(one[4][0]), port=bind.port)) for one in found])
+                hosts = sorted((str(one[4][0]) for one in found), key=lambda host: ":" in host)  # IPv4 first
+                self._take(address, [str(Bind(kind="tcp", host=host, port=bind.port)) for host in hosts])
             await asyncio.sleep(RETRY_SECONDS if has_failed else INTERVAL_SECONDS)
 
     def _take(self, address: str, found: list[str]) -> None:

@@ -54,11 +54,15 @@ class Store:
         while True:
             await self._has_problem.wait()
             self._has_problem.clear()
-            delay = FIRST_RETRY_SECONDS
-            while self._unsaved is not None:
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, LAST_RETRY_SECONDS)
-                self._try()
+            await self.until_saved()
+
+    async def until_saved(self) -> None:
+        """Try again and again, more and more rarely."""
+        delay = FIRST_RETRY_SECONDS
+        while self._unsaved is not None:
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, LAST_RETRY_SECONDS)
+            self._try()
 
     def _try(self) -> bool:
         if self._unsaved is None:

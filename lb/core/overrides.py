@@ -247,7 +247,7 @@ def _settled_service(
         return msgspec.structs.replace(present, history=history, closing=closing)
     former = present.shares or Shares(shares={present.configured: 100}, at=now)
     if present.shares is not None and former.shares != {service.active: 100}:
-        was = " ".join(f"{pool} {share} %" for pool, share in former.shares.items())
+        was = ", ".join(f"{pool} {share} %" for pool, share in former.shares.items())
         why = f"says active = {service.active} by now" if is_possible else "does not have such a pool any more"
         notes.append(f"{service.name}: switch to {was}{_by(former)} dropped, the file {why}")
     if set(former.shares) <= set(service.pools):

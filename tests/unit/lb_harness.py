@@ -165,22 +165,37 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 @contextlib.asynccontextmanager
-async def backend(handler: Handler | None = None) -> AsyncIterator[int]:
-    """A TCP server; its port. Without a handler it accepts, and reads until the end."""
+async def backend(handler: Handler | None = None, path: Path | None = None, port: int = 0) -> AsyncIterator[int]:
+    """A server over TCP, or at that path; its port. Without a handler it accepts, and reads until the end."""
+    present: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        task = asyncio.current_task()
+        assert task is not None
+        present[task] = writer
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             if handler is not None:
                 await handler(reader, writer)
             else:
                 await reader.read()
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        del present[task]
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    if path is None:
+        server = await asyncio.start_server(accept, "127.0.0.1", port)
+    else:
+        server = await asyncio.start_unix_server(accept, str(path))
     try:
-        yield server.sockets[0].getsockname()[1]
+        yield server.sockets[0].getsockname()[1] if path is None else 0
     finally:
         server.close()
+        await asyncio.sleep(0)  # what was accepted just now gets its task
+        for writer in present.values():
+            writer.transport.abort()
+        while present:
+            await asyncio.wait(list(present))
 
 
 def closed_port() -> int:

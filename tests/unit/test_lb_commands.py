@@ -123,11 +123,10 @@ def test_a_switch_waits_for_the_pool_to_be_healthy(tmp_path: Path) -> None:
             await one.table(lambda table: not endpoint(table, "green/g1").is_awaited)
             asked = command(running, "switch", service="shop", pool="green", wait_seconds=30, percent=25)
             switching = asyncio.ensure_future(asked)
-            server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
-            status, answer = await switching
+            async with backend(port=port):
+                status, answer = await switching
             assert (status, answer["exit_code"]) == (200, 0)
             assert one.tables[-1].routes["shop"].shares == {"green": 25, "blue": 75}
-            server.close()
 
     run(test)
 

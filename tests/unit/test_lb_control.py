@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from pathlib import Path
 
 import pytest
 
 from lb.config import parse_config
 from lb.control.stored import initial_table, read_table
-from lb.core.wire import HEADER, Failed
+from lb.core.wire import HEADER, Failed, Taken
+from lb.page import CURRENT
 from tests.unit.lb_harness import backend, closed_port, controller, endpoint, relay, run
 
 
@@ -111,5 +114,57 @@ def test_failures_that_relay_workers_report_eject_for_a_while_and_a_passed_check
                 assert not endpoint(out, "blue/b1").is_awaited
                 back = await one.table(lambda table: endpoint(table, "blue/b1").is_eligible)
                 assert endpoint(back, "blue/b1").identity == identity
+
+    run(test)
+
+
+DYING = """
+import os, socket, sys
+from pathlib import Path
+from lb.core.wire import PAGE_NAME, SOCKET_NAME, Hello, frame
+from lb.page import CURRENT, Page
+directory = Path(sys.argv[1])
+page = Page(directory / PAGE_NAME)
+page.take_row()
+page.cells(page.column(sys.argv[2]))[CURRENT] = 5
+with socket.socket(socket.AF_UNIX) as link:
+    link.connect(str(directory / SOCKET_NAME))
+    link.sendall(frame(Hello(pid=os.getpid(), generation=1, slot=7, row=page.row)))
+    assert link.recv(1)
+    print("connected", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_relay_worker_had_counts_no_more(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with backend() as up, controller(config(up), tmp_path) as running, relay(running.directory) as one:
+            identity = endpoint(
+                await one.table(lambda table: endpoint(table, "blue/b1").is_eligible), "blue/b1"
+            ).identity
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", DYING, str(running.directory), identity),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"connected\n"
+            assert one.page.sums(identity)[CURRENT] == 5
+            process.kill()
+            async with asyncio.timeout(30):
+                while one.page.sums(identity)[CURRENT]:  # noqa: ASYNC110  shared memory tells nobody
+                    await asyncio.sleep(0)
+            await process.communicate()
+
+    run(test)
+
+
+def test_numbers_go_on_from_those_that_relay_workers_have(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with backend() as up, controller(config(up), tmp_path) as running, relay(running.directory) as one:
+            await one.table(lambda table: endpoint(table, "blue/b1").is_eligible)
+            one.say(Taken(generation=1, revision=100))
+            table = await one.table(lambda table: table.revision > 100)
+            assert read_table(running.directory) == table
 
     run(test)
