@@ -152,8 +152,9 @@ class Page:
     def sums(self, identity: str) -> tuple[int, ...]:
         """All fields of a backend, over all rows and the dead; zeros where it has no column."""
         key = _key(identity)
-        column = next((column for column in range(COLUMNS) if self._cells[_KEYS + column] == key), None)
-        if column is None:
+        try:
+            column = self._cells[_KEYS : _KEYS + COLUMNS].tolist().index(key)
+        except ValueError:
             return (0,) * FIELDS
         return tuple(sum(self._cells[cell] for cell in self._column_cells(column, field)) for field in range(FIELDS))
 

@@ -34,12 +34,20 @@ _LOG = logging.getLogger("handoff.lb")
 
 
 class Link:
-    """Owns its socket. `on_table` takes a table that is newer; when it returns, the controller is told."""
+    """Owns its socket. `on_table` takes a table that is newer; `on_older` hears that a controller of an older
+    generation has made a table. When they return, the controller is told."""
 
     def __init__(
-        self, loop: Loop, directory: Path, hello: Hello, table: Table, on_table: Callable[[Table], None]
+        self,
+        loop: Loop,
+        directory: Path,
+        hello: Hello,
+        table: Table,
+        on_table: Callable[[Table], None],
+        on_older: Callable[[], None],
     ) -> None:
-        self._loop, self._path, self._hello, self._on_table = loop, str(directory / SOCKET_NAME), hello, on_table
+        self._loop, self._path, self._hello = loop, str(directory / SOCKET_NAME), hello
+        self._on_table, self._on_older = on_table, on_older
         self._newest = table.generation, table.revision
         self._socket: socket.socket | None = None
         self._frames = Frames()
@@ -150,8 +158,12 @@ class Link:
         if number > self._newest:
             self._newest = number
             self._on_table(table)
-        if number >= self._newest:
-            self._say(Taken(generation=table.generation, revision=table.revision))
+        elif table.generation < self._newest[0]:
+            # The controller that ours will take the place of has changed something that outlasts it.
+            self._on_older()
+        elif number < self._newest:
+            return
+        self._say(Taken(generation=table.generation, revision=table.revision))
 
     def _lost(self) -> None:
         self._disconnect()

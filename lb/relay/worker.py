@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -44,11 +44,12 @@ def main(worker: Worker) -> None:
     directory = Path(os.environ["HANDOFF_RUNTIME_DIRECTORY"])
     page = Page(directory / PAGE_NAME)
     page.take_row()
-    table = initial_table(arguments.balancer, worker.generation, directory, Path(arguments.state))
+    first_table = partial(initial_table, arguments.balancer, worker.generation, directory, Path(arguments.state))
+    first_table()  # what is wrong with it fails the boot
     names = {service.name for service in arguments.balancer.services}
     listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
     if worker.ready():
-        relays = RelayWorker(worker, page, table, directory, has_access_log=arguments.balancer.access_log)
+        relays = RelayWorker(worker, page, first_table, directory, has_access_log=arguments.balancer.access_log)
         relays.serve(listeners)
     page.close()
 
@@ -61,14 +62,25 @@ def _service_of(listener: str) -> str:
 class RelayWorker:
     """The engine, its link to the controller, and the drain."""
 
-    def __init__(self, worker: Worker, page: Page, table: Table, directory: Path, has_access_log: bool) -> None:
+    def __init__(
+        self, worker: Worker, page: Page, first_table: Callable[[], Table], directory: Path, has_access_log: bool
+    ) -> None:
+        """`first_table`: what stands in the files, while no controller of this generation has sent a table."""
+        table = first_table()
         assert page.row is not None
         self._worker = worker
         self._is_draining = False
         self._loop = Loop()
         self._log = AccessLog(sys.stdout.fileno()) if has_access_log else None
         hello = Hello(pid=os.getpid(), generation=worker.generation, slot=worker.slot, row=page.row)
-        self._link = Link(self._loop, directory, hello, table, lambda newer: self.engine.take(newer))
+        self._link = Link(
+            self._loop,
+            directory,
+            hello,
+            table,
+            on_table=lambda newer: self.engine.take(newer),
+            on_older=lambda: self.engine.take(first_table()),
+        )
         self.engine = Engine(self._loop, page, table, self._link, self._log)
         resolver = Names(self._loop, self.engine.wake_all)
         self.engine.look_up = resolver.ask

@@ -30,13 +30,22 @@ class Rig:
         self.loop = Loop()
         self.path = directory / SOCKET_NAME
         self.tables: list[tuple[int, int]] = []
+        self.older = 0
         self.link = Link(
-            self.loop, directory, HELLO, table(3, 5), lambda one: self.tables.append((one.generation, one.revision))
+            self.loop,
+            directory,
+            HELLO,
+            table(3, 5),
+            lambda one: self.tables.append((one.generation, one.revision)),
+            self.hear_older,
         )
         self.listener: socket.socket | None = None
         self.peer: socket.socket | None = None
         self.heard: list[FromRelay] = []
         self.frames = Frames()
+
+    def hear_older(self) -> None:
+        self.older += 1
 
     def listen(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -107,9 +116,12 @@ def test_newer_tables_are_taken_and_told_and_older_ones_left(rig: Rig) -> None:
     rig.say(table(3, 6), table(3, 7))
     rig.until(lambda: rig.heard[2:] == [taken(3, 7)], "the newest is enough")
     rig.say(table(2, 9))
+    rig.until(lambda: rig.heard[3:] == [taken(2, 9)], "a predecessor is told that it was heard")
+    assert (rig.tables, rig.older) == ([(3, 7)], 1)
+    rig.say(table(3, 6))
     rig.say(table(4, 1))
-    rig.until(lambda: rig.heard[3:] == [taken(4, 1)], "a newer controller's")
-    assert rig.tables == [(3, 7), (4, 1)]
+    rig.until(lambda: rig.heard[4:] == [taken(4, 1)], "a newer controller's")
+    assert (rig.tables, rig.older) == ([(3, 7), (4, 1)], 1)
 
 
 def test_it_connects_as_soon_as_there_is_a_controller_and_again_to_the_next(rig: Rig) -> None:
