@@ -271,6 +271,7 @@ _BALANCER: dict[str, tuple[str, Read]] = {
     "admin": ("admin", _read_address),
     "admin_token_file": ("admin_token_file", _text(_is_path, "the path of a file")),
     "state": ("state", _text(_is_path, "the path of a directory")),
+    "unready": ("unready_seconds", _duration),
     "freebind": ("freebind", _read_flag),
     "access_log": ("access_log", _read_flag),
 }

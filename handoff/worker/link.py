@@ -108,7 +108,9 @@ class Link:
             case Open():
                 self.is_open = True
             case Drain():
-                self.ending_listeners, self.moves = message.ending, message.moves
+                # A second message may shorten the drain, or say that nothing moves; who is queued is still let in.
+                self.ending_listeners = tuple(dict.fromkeys((*self.ending_listeners, *message.ending)))
+                self.moves = message.moves
                 self.drain(message.seconds)
             case Report():
                 self.send(self.on_report(message.request))

@@ -120,6 +120,8 @@ class Admin:
         connected = self._controller.relays.connected
         if connected and all(peer.is_draining for peer in connected):
             return b"all relay workers drain\n"
+        if not connected and not self._controller.page.rows():
+            return b"there is no relay worker\n"
         return None
 
 

@@ -106,6 +106,8 @@ class Balancer(msgspec.Struct, frozen=True, kw_only=True):
     admin_token_file: str | None = None
     state: str | None = None
     """The directory of what must survive a reboot; None: /var/lib/handoff/NAME, or that of the user."""
+    unready_seconds: float = 0.0
+    """When the service stops: how long `/readyz` says no before nothing is accepted any more."""
     freebind: bool = False
     access_log: bool = False
     services: tuple[Service, ...]

@@ -6,7 +6,7 @@ import msgspec
 
 from lb.core.model import Balancer, Service
 
-_OF_PROCESSES = ("name", "relays", "admin", "admin_token_file", "state", "freebind", "access_log")
+_OF_PROCESSES = ("name", "relays", "admin", "admin_token_file", "state", "freebind", "access_log", "unready_seconds")
 
 
 def taken_in_place(present: Balancer, wanted: Balancer) -> tuple[Balancer, tuple[str, ...]]:

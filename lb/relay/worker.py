@@ -49,7 +49,7 @@ def main(worker: Worker) -> None:
     names = {service.name for service in arguments.balancer.services}
     listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
     if worker.ready():
-        relays = RelayWorker(worker, page, first_table, directory, has_access_log=arguments.balancer.access_log)
+        relays = RelayWorker(worker, page, first_table, directory, arguments.balancer)
         relays.serve(listeners)
     page.close()
 
@@ -63,7 +63,7 @@ class RelayWorker:
     """The engine, its link to the controller, and the drain."""
 
     def __init__(
-        self, worker: Worker, page: Page, first_table: Callable[[], Table], directory: Path, has_access_log: bool
+        self, worker: Worker, page: Page, first_table: Callable[[], Table], directory: Path, balancer: Balancer
     ) -> None:
         """`first_table`: what stands in the files, while no controller of this generation has sent a table."""
         table = first_table()
@@ -71,7 +71,8 @@ class RelayWorker:
         self._worker = worker
         self._is_draining = False
         self._loop = Loop()
-        self._log = AccessLog(sys.stdout.fileno()) if has_access_log else None
+        self._log = AccessLog(sys.stdout.fileno()) if balancer.access_log else None
+        self._unready_seconds = balancer.unready_seconds
         hello = Hello(pid=os.getpid(), generation=worker.generation, slot=worker.slot, row=page.row)
         self._link = Link(
             self._loop,
@@ -99,11 +100,15 @@ class RelayWorker:
         self._is_draining = worker.draining
         while not self._is_draining:
             self._turn(None)
-        for name, acceptor in acceptors.items():
-            acceptor.close()
-            if name in worker.ending_listeners:
-                acceptor.accept_queued()
         self._link.draining()
+        ending = {name: acceptors.pop(name) for name in worker.ending_listeners if name in acceptors}
+        for acceptor in acceptors.values():
+            acceptor.close()
+        if ending:
+            self._be_unready()
+        for acceptor in ending.values():
+            acceptor.close()
+            acceptor.accept_queued()
         self._drain()
         self._link.close()
         loop.shut_down()
@@ -116,6 +121,13 @@ class RelayWorker:
 
     def _worker_event(self, _mask: int) -> None:
         self._is_draining = self._worker.wait(0)
+
+    def _be_unready(self) -> None:
+        """The service stops: whoever asks `/readyz` hears that first, and sends nobody any more."""
+        seconds = min(self._unready_seconds, (self._worker.drain_seconds or 0.0) / 2)
+        until = self._loop.now + seconds
+        while (left := until - self._loop.now) > 0 and self._worker.drain_seconds:
+            self._turn(left)
 
     def _drain(self) -> None:
         """Until all have ended; what has not near the deadline is closed, spread over some time."""

@@ -136,15 +136,20 @@ class Balancer(Service):
         wait_until(lambda: found.update(self._get_status()) or found, "the controller answers")
         return found
 
-    def _get_status(self) -> dict[str, Any]:
+    def admin(self, path: str) -> tuple[int, bytes]:
+        """A GET on the private socket; status 0 while nobody answers there."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(DEADLINE_SECONDS)
             try:
                 connection.connect(str(self.run_dir / self.name / "admin.sock"))
-                connection.sendall(b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
                 status, _, body = read_response(connection)
             except (OSError, EOFError):
-                return {}
+                return 0, b""
+        return status, body
+
+    def _get_status(self) -> dict[str, Any]:
+        status, body = self.admin("/v1/status")
         return json.loads(body) if status == 200 else {}
 
     def backends(self, service: str = "shop") -> dict[str, dict[str, Any]]:

@@ -239,6 +239,18 @@ def test_changed_backends_are_applied_in_place(directory: Path) -> None:
             assert len(service.status()["generations"]) == 1
 
 
+def test_when_it_stops_it_is_unready_first(directory: Path) -> None:
+    with http_backends(directory, "a") as servers:
+        text = '[balancer]\nunready = "1h"\n' + config({"main": [backend(servers["a"])]})
+        with Balancer(directory, text, "--stop-timeout", "10s") as service:
+            wait_until(lambda: service.admin("/readyz")[0] == 200, "it is ready")
+            service.signal(signal.SIGTERM)
+            wait_until(lambda: service.admin("/readyz")[0] == 503, "it is not ready any more")
+            assert service.body() == "a /"
+            assert service.admin("/livez")[0] == 200
+            assert service.wait() == 0
+
+
 # --- PROXY ----------------------------------------------------------------------------------------------------------
 
 APP = """

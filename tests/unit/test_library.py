@@ -125,6 +125,14 @@ def test_after_the_word_of_a_drain_the_mailbox_is_left_to_others(
     assert played.worker.adopted() == []
 
 
+def test_a_second_word_of_a_drain_takes_no_listener_back_that_ends(played: Played) -> None:
+    played.master.send(Drain(seconds=30.0, ending=("web",)))
+    played.master.send(Drain(seconds=10.0))
+    assert played.worker.wait()
+    assert played.worker.ending_listeners == {"web"}
+    assert (played.worker.drain_seconds or 99.0) <= 10.0
+
+
 def test_hand_over_needs_a_drain_and_a_receiver_and_gives_the_fds_away(
     played: Played, connection: tuple[socket.socket, socket.socket]
 ) -> None:
