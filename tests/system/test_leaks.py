@@ -136,4 +136,5 @@ def test_a_grandchild_inherits_nothing_of_ours(directory: Path) -> None:
         leaked = {fd: what for fd, what in child["fds"].items() if fd not in standard}
         assert leaked == {}
         ours = [key for key in child["environment"] if key.startswith(("HANDOFF_", "LISTEN_", "NOTIFY_"))]
-        assert set(ours) <= {"HANDOFF_NAME", "HANDOFF_GENERATION", "HANDOFF_LABEL", "HANDOFF_SLOT"}
+        known = ("NAME", "GENERATION", "LABEL", "SLOT", "RUNTIME_DIRECTORY")
+        assert set(ours) <= {f"HANDOFF_{word}" for word in known}

@@ -265,6 +265,7 @@ def test_a_label_and_the_generation_reach_status_workers_log_and_clients(directo
             "HANDOFF_GENERATION": "1",
             "HANDOFF_LABEL": "v1",
             "HANDOFF_SLOT": "0",
+            "HANDOFF_RUNTIME_DIRECTORY": str(service.run_dir / service.name),
         }
         assert service.reload("--label", "v2").returncode == 0
         service.wait_for_generations(2)
