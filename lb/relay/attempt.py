@@ -48,6 +48,9 @@ class Phase(enum.Enum):
     CONNECT = "C"
 
 
+_QUEUE, _CONNECT = Phase.QUEUE, Phase.CONNECT  # an attribute of an enum is slow to find
+
+
 class Given(NamedTuple):
     """What the relay gets: the server's socket, and the bytes that go first."""
 
@@ -61,18 +64,8 @@ class Attempt:
 
     __slots__ = (
         *("_began_connecting", "_deadline", "_dispatcher", "_engine", "_first", "_is_watched", "_loop", "_server"),
-        *(
-            "_target",
-            "_tried",
-            "began_at",
-            "client",
-            "counted_as",
-            "destination",
-            "due_at",
-            "is_over",
-            "phase",
-            "source",
-        ),
+        *("_target", "_tried", "began_at", "bucket", "client", "counted_as", "destination", "due_at", "is_over"),
+        *("phase", "source"),
     )
 
     def __init__(self, client: socket.socket, peer: object, dispatcher: Dispatcher, engine: Engine, loop: Loop) -> None:
@@ -83,17 +76,18 @@ class Attempt:
         """What it connected to, where a proxy says it."""
         self.counted_as: str | None = None
         """The source whose count it is in."""
-        self.phase = Phase.QUEUE
+        self.phase = _QUEUE
         self.began_at = loop.now
         self.is_over = False
         self._first = b""
         self._is_watched = False
+        self.bucket: int | None = None
         self.due_at: float | None = None
         self._deadline = 0.0
         """Of the phase."""
         self._server: socket.socket | None = None
         self._target: Target | None = None
-        self._tried: list[Target] = []
+        self._tried: tuple[Target, ...] = ()
         self._began_connecting = 0.0
 
     @property
@@ -186,7 +180,7 @@ class Attempt:
             is_queued = False
 
     def _wait(self) -> None:
-        self.phase = Phase.QUEUE
+        self.phase = _QUEUE
         queue, route = self._dispatcher.queue, self._dispatcher.route
         if len(queue) >= route.maximum_queue:
             self.end("proxy", "the queue is full")
@@ -198,12 +192,12 @@ class Attempt:
 
     def _connect(self, target: Target) -> bool:
         """False: it failed at once, and another one may be tried. The target's place is ours."""
-        self.phase, self._target = Phase.CONNECT, target
+        self.phase, self._target = _CONNECT, target
         self._began_connecting = self._loop.now
         assert target.address is not None
         family, address = target.address
         try:
-            self._server = server = socket.socket(family, _STREAM)
+            self._server = server = socket.SocketType(family, _STREAM)  # type: ignore[assignment]  # as in Acceptor
             if family != socket.AF_UNIX:
                 server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             failure = server.connect_ex(address)
@@ -242,7 +236,7 @@ class Attempt:
             return True
         target.cells[FAILED] += 1
         self._engine.connect_failed(target, os.strerror(failure).lower())
-        self._tried.append(target)
+        self._tried += (target,)
         return self.is_over
 
     def _connected(self) -> None:

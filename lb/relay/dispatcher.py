@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from random import Random
 from typing import Protocol
 
@@ -46,6 +46,7 @@ class Dispatcher:
             self._algorithms.clear()
         self.route = route
         self._pools = {name: [self._targets.get(one) for one in pool] for name, pool in route.pools.items()}
+        self._usable = {name: _usable(pool) for name, pool in self._pools.items()}
         self._needs_counts = route.algorithm in ("leastconn", "random")
 
     def allows(self, target: Target) -> bool:
@@ -56,12 +57,12 @@ class Dispatcher:
             and any(share > 0 and target in self._pools.get(name, ()) for name, share in self.route.shares.items())
         )
 
-    def choose(self, source: str, tried: Iterable[Target], now: float) -> Target | None:
+    def choose(self, source: str, tried: Collection[Target], now: float) -> Target | None:
         """A backend with a place taken at it, which must be given back; None: wait in the queue. Raises Nobody."""
         pool = self._pool()
-        usable = [one for one in self._pools[pool] if _may_get(one.endpoint) and one.address is not None]
-        main = [one for one in usable if not one.endpoint.backup]
-        usable = [one for one in main or usable if one not in tried]
+        usable = self._usable[pool]
+        if tried:
+            usable = [one for one in usable if one not in tried] or _backups(self._pools[pool], tried)
         if not usable:
             if tried or not any(_is_awaited(one) for one in self._pools[pool]):
                 raise Nobody
@@ -70,11 +71,16 @@ class Dispatcher:
         if algorithm is None:
             algorithm = self._algorithms[pool] = ALGORITHMS[self.route.algorithm]()
         while usable:
-            chosen = self._chosen(algorithm, usable, source, now)
+            chosen = usable[0] if len(usable) == 1 else self._chosen(algorithm, usable, source, now)
             if chosen.take_place():
                 return chosen
-            usable.remove(chosen)
+            usable = [one for one in usable if one is not chosen]
         return None
+
+    def addresses_changed(self) -> None:
+        """A name was looked up."""
+        self._usable = {name: _usable(pool) for name, pool in self._pools.items()}
+        self.wake()
 
     def wake(self) -> None:
         """A place was given back, or the table is new: who waits tries, in order, until one has to wait on."""
@@ -85,8 +91,6 @@ class Dispatcher:
                 return
 
     def _chosen(self, algorithm: Algorithm, usable: list[Target], source: str, now: float) -> Target:
-        if len(usable) == 1:
-            return usable[0]
         candidates = [
             Candidate(
                 one.endpoint.identity, self._weight(one.endpoint, now), one.connections if self._needs_counts else 0
@@ -114,6 +118,17 @@ class Dispatcher:
             if at < 0:
                 return name
         return next(reversed(shares))
+
+
+def _usable(pool: list[Target], with_backups: bool = False) -> list[Target]:
+    """Those that may get connections; backups only where no other may."""
+    found = [one for one in pool if _may_get(one.endpoint) and one.address is not None]
+    return found if with_backups else [one for one in found if not one.endpoint.backup] or found
+
+
+def _backups(pool: list[Target], tried: Collection[Target]) -> list[Target]:
+    """For a client that no other could be connected to."""
+    return [one for one in _usable(pool, with_backups=True) if one.endpoint.backup and one not in tried]
 
 
 def _may_get(endpoint: Endpoint) -> bool:

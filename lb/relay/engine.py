@@ -110,11 +110,13 @@ class Engine:
                 self.look_up(target)
             self._begin_closing(target)
         self._targets.drop_unused()
-        self.wake_all()
-
-    def wake_all(self) -> None:
         for service in self._services.values():
             service.dispatcher.wake()
+
+    def addresses_changed(self) -> None:
+        """Names were looked up."""
+        for service in self._services.values():
+            service.dispatcher.addresses_changed()
 
     @property
     def waiting(self) -> int:

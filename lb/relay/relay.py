@@ -54,7 +54,7 @@ class Relay:
     __slots__ = (
         *("_client", "_client_mask", "_down", "_ending_at", "_is_closed", "_is_gone", "_last_at", "_limits"),
         *("_loop", "_look_at", "_on_close", "_resetting", "_server", "_server_mask", "_shut_at", "_up", "began_at"),
-        "context",
+        *("bucket", "context"),
     )
 
     def __init__(
@@ -69,6 +69,7 @@ class Relay:
     ) -> None:
         """`first`: bytes for the server that go before what the client sends. `context`: the owner's."""
         self.context = context
+        self.bucket: int | None = None
         self._client, self._server = client, server
         self._up, self._down = Flow(client, server), Flow(server, client)
         self._loop, self._limits, self._on_close = loop, limits, on_close
@@ -107,18 +108,15 @@ class Relay:
                 self._act(down, result)
 
     def _act(self, flow: Flow, result: Result) -> None:
-        match result:
-            case Result.ENDED if not self._is_gone:
-                flow.is_read = False
-                self._shut(flow)
-            case Result.RESET | Result.ENDED:
-                # A send that failed took the error away: what looks like an end, after it, is the reset.
-                self._reset(self._server if flow is self._up else self._client)
-                return
-            case Result.SINK_GONE:
-                self._sink_gone(flow)
-            case Result.OPEN | Result.BLOCKED:
-                pass
+        if result is _ENDED and not self._is_gone:
+            flow.is_read = False
+            self._shut(flow)
+        elif result is _ENDED or result is _RESET:
+            # A send that failed took the error away: what looks like an end, after it, is the reset.
+            self._reset(self._server if flow is self._up else self._client)
+            return
+        elif result is _SINK_GONE:
+            self._sink_gone(flow)
         if not self._is_closed and self._resetting is None:
             self._watch()
 
@@ -194,6 +192,9 @@ class Relay:
             return None
         if self._resetting is not None:
             return self._look_at
+        limits = self._limits
+        if self._shut_at is None and limits.first_byte_seconds is None and limits.tunnel_seconds is None:
+            return None if limits.idle_seconds is None else self._last_at + limits.idle_seconds  # as most are
         return min((at for at, _ in self._deadlines()), default=None)
 
     def is_due(self, now: float) -> None:
@@ -233,14 +234,17 @@ class Relay:
             self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
         if reset_server:
             self._server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
-        self._up.close()
-        self._down.close()
+        if self._up.has_pending or self._up.is_bulk:
+            self._up.close()
+        if self._down.has_pending or self._down.is_bulk:
+            self._down.close()
+        self._loop.timers.forget(self)
         self._loop.close(self._client)
         self._loop.close(self._server)
         self._on_close(self, Closed(cause, side, self._up.total, self._down.total))
 
 
-_OPEN = Result.OPEN
+_OPEN, _ENDED, _RESET, _SINK_GONE = Result.OPEN, Result.ENDED, Result.RESET, Result.SINK_GONE
 
 
 def reset_at_close(sock: socket.socket) -> None:

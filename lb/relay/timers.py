@@ -16,6 +16,9 @@ _BUCKETS_PER_SECOND = 50
 class Timed(Protocol):
     """`due_at`: when it is to be looked at next, on the monotonic clock; None: never. It may have moved to later."""
 
+    bucket: int | None
+    """Ours: None at first."""
+
     @property
     def due_at(self) -> float | None: ...
 
@@ -25,9 +28,10 @@ class Timed(Protocol):
 class Alarm:
     """One call at one time, unless it is cancelled before."""
 
-    __slots__ = ("_callback", "due_at")
+    __slots__ = ("_callback", "bucket", "due_at")
 
     def __init__(self, due_at: float, callback: Callable[[], None]) -> None:
+        self.bucket: int | None = None
         self.due_at: float | None = due_at
         self._callback = callback
 
@@ -44,7 +48,7 @@ class Timers:
 
     def __init__(self) -> None:
         self._far_from = 0.0
-        self._buckets: dict[int, list[Timed]] = {}
+        self._buckets: dict[int, set[Timed]] = {}
         self._order: list[int] = []
 
     def arm(self, timed: Timed) -> None:
@@ -56,12 +60,23 @@ class Timers:
             number = math.ceil(due_at) * _BUCKETS_PER_SECOND
         else:
             number = math.ceil(due_at / BUCKET_SECONDS)
+        if timed.bucket is not None:
+            if timed.bucket == number:
+                return
+            self._buckets[timed.bucket].discard(timed)
+        timed.bucket = number
         bucket = self._buckets.get(number)
         if bucket is None:
-            self._buckets[number] = [timed]
+            self._buckets[number] = {timed}
             heapq.heappush(self._order, number)
         else:
-            bucket.append(timed)
+            bucket.add(timed)
+
+    def forget(self, timed: Timed) -> None:
+        """It is over: nothing here keeps it."""
+        if timed.bucket is not None:
+            self._buckets[timed.bucket].discard(timed)
+            timed.bucket = None
 
     def call_at(self, due_at: float, callback: Callable[[], None]) -> Alarm:
         alarm = Alarm(due_at, callback)
@@ -77,7 +92,10 @@ class Timers:
 
     def check(self, now: float) -> None:
         while self._order and self._order[0] * BUCKET_SECONDS <= now:
-            for timed in self._buckets.pop(heapq.heappop(self._order)):
+            bucket = self._buckets.pop(heapq.heappop(self._order))
+            for timed in bucket:
+                timed.bucket = None
+            for timed in bucket:
                 due_at = timed.due_at
                 if due_at is not None and due_at <= now:
                     timed.is_due(now)

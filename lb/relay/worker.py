@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import socket
@@ -49,6 +50,8 @@ def main(worker: Worker) -> None:
     names = {service.name for service in arguments.balancer.services}
     listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
     if worker.ready():
+        gc.freeze()  # connections leave no cycles: what is looked through again and again is what lives long
+        gc.set_threshold(50_000, 50, 50)
         relays = RelayWorker(worker, page, first_table, directory, arguments.balancer)
         relays.serve(listeners)
     page.close()
@@ -83,7 +86,7 @@ class RelayWorker:
             on_older=lambda: self.engine.take(first_table()),
         )
         self.engine = Engine(self._loop, page, table, self._link, self._log)
-        resolver = Names(self._loop, self.engine.wake_all)
+        resolver = Names(self._loop, self.engine.addresses_changed)
         self.engine.look_up = resolver.ask
         self._link.open()
 

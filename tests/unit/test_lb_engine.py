@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ from lb.relay.acceptor import Acceptor
 from lb.relay.access_log import AccessLog
 from lb.relay.engine import Engine
 from lb.relay.loop import Loop
+from lb.relay.relay import Relay
 
 DEADLINE_SECONDS = 20.0
 
@@ -241,6 +243,31 @@ def test_backups_serve_only_while_no_other_may(rig: Rig) -> None:
     rig.serve(endpoint(main, "main", is_eligible=False), both[1])
     rig.client()
     rig.until(lambda: backup.look() == 1, "the backup")
+
+
+def test_a_backup_serves_who_could_not_be_connected_elsewhere(rig: Rig) -> None:
+    backup = rig.backend()
+    rig.serve(endpoint(nobody_there(), "main"), endpoint(backup, "backup", backup=True))
+    rig.client()
+    rig.until(backup.look, "the backup")
+
+
+def test_nothing_keeps_a_connection_that_has_ended(rig: Rig) -> None:
+    backend = rig.backend()
+    rig.serve(endpoint(backend))
+    client = rig.client(b"question")
+    rig.until(lambda: backend.look() and rig.engine.connections, "it is relayed")
+    before = alive(Relay)
+    assert before >= 1
+    client.close()
+    backend.accepted[0].close()
+    rig.until(lambda: rig.engine.connections == 0, "it has ended")
+    rig.loop.turn(0)
+    assert alive(Relay) == before - 1
+
+
+def alive(kind: type) -> int:
+    return sum(isinstance(one, kind) for one in gc.get_objects())
 
 
 # --- waiting --------------------------------------------------------------------------------------------------------

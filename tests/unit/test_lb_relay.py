@@ -250,6 +250,7 @@ def test_limits_cut_both_sides_off(limits: Limits, cause: str) -> None:
 
 def test_timers_look_when_something_is_due_and_not_before() -> None:
     class One:
+        bucket: int | None = None
         due_at: float | None = 10.0
         called: list[float]
 
