@@ -176,7 +176,7 @@ def test_posts_survive_reloads(directory: Path, text: str, app: str) -> None:
             assert (status, json.loads(answer)) == (200, {"sum": 6})
 
         with Clients(add, 4) as clients:
-            for _ in range(3):
+            for _ in range(2):
                 answer = service.ask({"type": "reload"})
                 assert answer["exit_code"] == 0, answer
                 clients.more(5)
