@@ -521,10 +521,12 @@ def test_connections_are_closed_in_the_time_that_the_table_says(rig: Rig) -> Non
     rig.serve(endpoint(backend))
     clients = [rig.client() for _ in range(20)]
     rig.until(lambda: backend.look() == rig.engine.connections == 20, "all are relayed")
-    closing = Closing(at=time.monotonic(), spread_seconds=0.5)
-    rig.serve(endpoint(backend, is_eligible=False, closing=closing))
-    rig.loop.turn(0.05)
-    assert rig.engine.connections > 5, "not in one storm"
+    slowly = Closing(at=time.monotonic(), spread_seconds=600.0)
+    rig.serve(endpoint(backend, is_eligible=False, closing=slowly))
+    rig.until(lambda: rig.engine.connections < 20, "the first is closed")
+    assert rig.engine.connections == 19, "not in one storm"
+    at_once = Closing(at=time.monotonic())
+    rig.serve(endpoint(backend, is_eligible=False, closing=at_once))
     rig.until(lambda: rig.engine.connections == 0, "all are closed")
     assert [rig.read(client) for client in clients] == [b"reset"] * 20
     assert {line["end"] for line in rig.lines()} == {"KD"}
