@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lb.relay.flow import CHUNK_BYTES
+from lb.relay.letters import plain_socket
 from lb.relay.loop import Loop
-from lb.relay.relay import Closed, Limits, Relay
+from lb.relay.relay import Closed, Limits, Relay, RelayState
 from lb.relay.timers import Timers
 
 DEADLINE_SECONDS = 20.0
@@ -95,6 +97,21 @@ class Rig:
             first,
         )
 
+    def move(self) -> None:
+        """To another loop, as it goes to another process. The epoll of the old loop must forget it."""
+        if self.closed is not None:
+            return
+        state, fds = self.relay.state()
+        data, fds = msgspec.msgpack.encode(state), tuple(map(os.dup, fds))
+        self.relay.let_go()
+        assert self.loop.is_idle
+        assert self.loop.turn(0) == 0, "no ghosts"
+        self.loop.shut_down()
+        self.loop = Loop()
+        client, server = plain_socket(fds[0]), plain_socket(fds[1])
+        moved = msgspec.msgpack.decode(data, type=RelayState), fds[2:]
+        self.relay = Relay(client, server, self.loop, self.relay._limits, self.relay._on_close, moved=moved)
+
     def step(self, timeout: float = 0.0) -> bool:
         return self.loop.turn(timeout) > 0
 
@@ -127,14 +144,17 @@ ACTIONS = st.lists(
         st.tuples(st.just("read"), st.booleans(), st.sampled_from([1, 1000, 300_000])),
         st.tuples(st.sampled_from(["fin", "reset"]), st.booleans(), st.just(0)),
         st.tuples(st.just("step"), st.booleans(), st.integers(1, 5)),
+        st.tuples(st.just("move"), st.booleans(), st.just(0)),
     ),
     max_size=40,
 )
 
 
-@given(actions=ACTIONS, first=st.sampled_from([b"", b"PROXY header\r\n"]))
-@settings(max_examples=150, deadline=None)
-def test_any_order_of_bytes_ends_and_resets_is_passed_on(actions: list[tuple[str, bool, int]], first: bytes) -> None:
+@given(actions=ACTIONS, first=st.sampled_from([b"", b"PROXY header\r\n"]), is_moved_after=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_order_of_bytes_ends_resets_and_moves_is_passed_on(
+    actions: list[tuple[str, bool, int]], first: bytes, is_moved_after: bool
+) -> None:
     rig = Rig(first=first)
     try:
         for name, is_client, number in actions:
@@ -148,7 +168,12 @@ def test_any_order_of_bytes_ends_and_resets_is_passed_on(actions: list[tuple[str
                     peer.fin()
                 case "reset":
                     peer.reset()
+                    if is_moved_after:
+                        rig.step()
+                        rig.move()
                     break
+                case "move":
+                    rig.move()
                 case _:
                     for _ in range(number):
                         rig.step()
@@ -269,3 +294,34 @@ def test_timers_look_when_something_is_due_and_not_before() -> None:
     timers.check(21.0)
     assert one.called == [21.0]
     assert timers.next_deadline() is None
+
+
+def test_a_pipe_with_something_in_it_moves(rig: Rig) -> None:
+    sent = bytearray()
+    while not (rig.relay._up.is_bulk and rig.relay._up.has_pending):  # nobody reads
+        size = len(rig.client.sent)
+        rig.client.send(os.urandom(1 << 16))
+        sent += rig.client.sent[size:]
+        rig.step()
+    state, fds = rig.relay.state()
+    assert state.up.piped > 0
+    assert len(fds) == 4
+    before = len(os.listdir("/proc/self/fd"))
+    rig.move()
+    assert len(os.listdir("/proc/self/fd")) == before, "no fd is left behind"
+    rig.client.fin()
+    rig.server.fin()
+    rig.finish(rig.client, rig.server)
+    assert rig.server.seen == sent
+
+
+def test_limits_are_those_from_before_a_move() -> None:
+    rig = Rig(Limits(1000.0, None, 500.0))
+    try:
+        began_at = rig.relay.began_at
+        assert rig.relay.due_at == began_at + 500
+        rig.move()
+        assert rig.relay.due_at == began_at + 500
+        assert rig.loop.timers.next_deadline() is not None
+    finally:
+        rig.close()
