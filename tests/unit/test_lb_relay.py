@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import struct
@@ -306,6 +307,7 @@ def test_a_pipe_with_something_in_it_moves(rig: Rig) -> None:
     state, fds = rig.relay.state()
     assert state.up.piped > 0
     assert len(fds) == 4
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     rig.move()
     assert len(os.listdir("/proc/self/fd")) == before, "no fd is left behind"
