@@ -162,7 +162,7 @@ class Service:
                 self.process.kill()
                 self.process.wait()
         leftover = [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-        _, alive = psutil.wait_procs(leftover, 10)
+        alive = psutil.wait_procs(leftover, 10)[1]
         for one in alive:
             with contextlib.suppress(psutil.Error):
                 one.kill()

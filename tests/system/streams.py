@@ -54,10 +54,12 @@ class StreamServer:
         await asyncio.gather(*open_ones, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.opened += 1
         try:
             kind = await reader.readexactly(1)
-            if kind == ECHO:
+            self.opened += kind in (ECHO, DOWN, UP)
+            if kind == b"G":  # somebody looks whether we are there
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            elif kind == ECHO:
                 while data := await reader.read(65536):
                     writer.write(data)
                     await writer.drain()
