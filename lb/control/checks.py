@@ -128,13 +128,10 @@ async def _connected(asked: Asked, deadline: asyncio.Timeout) -> AsyncIterator[S
     """A connection, with a PROXY header and with TLS where they belong; closed politely once all went well."""
     check = asked.check
     has_tls = check.type == "tls" or check.tls
-    context = asked.tls.of(check) if has_tls else None
-    reader, writer = await connect(asked.target)
+    reader, writer = await (_connect_tls(asked) if has_tls else connect(asked.target))
     try:
-        if asked.header:
+        if asked.header and not has_tls:
             writer.write(asked.header)
-        if context is not None:
-            await writer.start_tls(context, server_hostname=_server_name(asked))
         yield reader, writer
     except BaseException:
         writer.transport.abort()
@@ -157,6 +154,22 @@ async def connect(target: Bind) -> Streams:
     try:
         made.connect(target.path)
         return await asyncio.open_unix_connection(sock=made, limit=_READ_BYTES)
+    except BaseException:
+        made.close()
+        raise
+
+
+async def _connect_tls(asked: Asked) -> Streams:
+    """The PROXY header goes ahead of the handshake. Raises OSError, of which ssl.SSLError is one."""
+    context, target, loop = asked.tls.of(asked.check), asked.target, asyncio.get_running_loop()
+    family = socket.AF_UNIX if target.kind == "unix" else socket.AF_INET6 if ":" in target.host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        await loop.sock_connect(made, target.path if target.kind == "unix" else (target.host, target.port))
+        if asked.header:
+            await loop.sock_sendall(made, asked.header)
+        name = _server_name(asked)
+        return await asyncio.open_connection(sock=made, ssl=context, server_hostname=name or "", limit=_READ_BYTES)
     except BaseException:
         made.close()
         raise
