@@ -191,7 +191,8 @@ async def backend(handler: Handler | None = None, path: Path | None = None, port
         yield server.sockets[0].getsockname()[1] if path is None else 0
     finally:
         server.close()
-        await asyncio.sleep(0)  # what was accepted just now gets its task
+        for _ in range(10):
+            await asyncio.sleep(0)  # what was accepted just now gets its transport, and its task
         for writer in present.values():
             writer.transport.abort()
         while present:

@@ -7,12 +7,13 @@ import contextlib
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 
 from handoff.core.proxy_protocol import LOCAL_V2
 from lb.control.checks import check_backend
@@ -85,7 +86,15 @@ def tls_server(directory: Path, seen: list[str | None], header: bytes = b"") -> 
         (changed(HTTPS, status=(204, 204)), "localhost", "status 200", "localhost"),
     ],
 )
-def test_handshakes_and_what_is_verified(made: Path, check: Check, typed: str, problem: str, sni: str | None) -> None:
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_handshakes_and_what_is_verified(
+    made: Path,
+    check: Check,
+    typed: str,
+    problem: str,
+    sni: str | None,
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
     files = {None: "cert.pem", "other": "other-cert.pem", "none": "none.pem"}
     if check.verify:
         check = changed(check, ca=str(made / files[check.ca]))
@@ -97,7 +106,8 @@ def test_handshakes_and_what_is_verified(made: Path, check: Check, typed: str, p
             result = await check_backend(check, f"127.0.0.1:{port}", "off", f"{typed}:{port}")
             assert result.reason.startswith(problem or "passed in "), result.reason
 
-        run(test)
+        with asyncio.Runner(loop_factory=loop) as runner:  # the controller runs on either
+            runner.run(asyncio.wait_for(test(), SECONDS))
     assert seen == ([] if check.ca == str(made / "none.pem") else [sni])
 
 
