@@ -155,11 +155,19 @@ class Probes:
         self._records[identity] = msgspec.structs.replace(record, said=said, last_agent="")
         if said != record.said:
             unknown = f"; not known: {', '.join(said.unknown)}" if said.unknown else ""
-            _LOG.info("%s: its agent says %s%s", _name(found[0]), said, unknown)
+            level = logging.INFO if _is_news(record.said, said) else logging.DEBUG
+            _LOG.log(level, "%s: its agent says %s%s", _name(found[0]), said, unknown)
             self._on_change()
 
     def _is_unheard(self, identity: str) -> bool:
         return self._records.get(identity, Record()).said is None
+
+
+def _is_news(former: Said | None, said: Said) -> bool:
+    """Worth a line: a weight that follows the load is not."""
+    if former is None:
+        return True
+    return (former.administrative, former.health, former.unknown) != (said.administrative, said.health, said.unknown)
 
 
 def _name(one: Present) -> str:
