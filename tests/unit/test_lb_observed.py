@@ -82,7 +82,7 @@ async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
     """What nobody tells is looked at again and again."""
     async with asyncio.timeout(SECONDS):
         while not await is_so():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
 
 
 def test_an_agent_drains_weighs_and_takes_it_back_and_is_in_no_durable_file(tmp_path: Path) -> None:
