@@ -95,7 +95,7 @@ def _run_main(
 
         _guard_until_open(link, lambda: _run(boot, run))
     else:
-        worker = Worker(boot, link, claims, counters.own)
+        worker = Worker(boot, link, claims, counters)
         _guard_until_open(link, lambda: application(worker))
 
 

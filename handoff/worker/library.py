@@ -19,13 +19,14 @@ from functools import partial
 from types import FrameType
 from typing import Any, cast
 
-from handoff.core.messages import Boot, Opened, Ready
+from handoff.core.messages import Boot, Opened, Ready, Receivers
 from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
-from handoff.counters import ADOPTED, CONNECTIONS, MOVED, REFUSED
+from handoff.counters import ADOPTED, CONNECTIONS, MOVED, REFUSED, WorkerCounters
 from handoff.mailbox import Unreadable, receive_letter
 from handoff.rights import has_headroom
 from handoff.worker.accepting import stop_accepting
 from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of
+from handoff.worker.balance import shares
 from handoff.worker.context import Claims
 from handoff.worker.link import Link
 from handoff.worker.mover import Mover
@@ -105,8 +106,9 @@ class _Identity:
 class Worker(_Identity):
     """For a blocking program, typically a loop on `selectors`."""
 
-    def __init__(self, boot: Boot, link: Link, claims: Claims, counters: memoryview) -> None:
-        super().__init__(boot, link, claims, counters)
+    def __init__(self, boot: Boot, link: Link, claims: Claims, counters: WorkerCounters) -> None:
+        super().__init__(boot, link, claims, counters.own)
+        self._all_counters = counters
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
@@ -117,12 +119,17 @@ class Worker(_Identity):
         self._mailbox.setblocking(False)
         self._reads_mailbox = False
         self._outbox = Outbox()
-        link.on_receivers = self._outbox.update
+        self._full: list[socket.socket] = []
+        """Writing ends that are watched for room."""
+        self._given_to: list[int] = []
+        """Mailboxes that are to get one connection each, so that all siblings have their share."""
+        link.on_receivers = self._receivers_changed
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
 
     def fileno(self) -> int:
-        """Readable when the master has something to say: register the worker in a selector, then call `wait(0)`."""
+        """Readable when the master has something to say, when there is something for `adopted`, or when there is room
+        again after a `hand_over` that found none: register the worker in a selector, then call `wait(0)`."""
         return self._epoll.fileno()
 
     def ready(self, adopts: bool = False) -> bool:
@@ -145,6 +152,8 @@ class Worker(_Identity):
 
         Returns `draining`.
         """
+        if self.draining:
+            self._poll(0)
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.draining:
             left = None if deadline is None else deadline - time.monotonic()
@@ -164,18 +173,44 @@ class Worker(_Identity):
         """Give a connection to another worker: its fds, 1 to 16, and what that worker is to know, at most 16 MiB.
 
         True: it is the other's now. Unregister your fds from the selector, then close them: the other way round epoll
-        keeps a ghost. False: nobody takes it at this moment; serve on and try again later (`wait(0.05)`, say). Raises
-        ValueError for too many fds or too large a state.
+        keeps a ghost. False: nobody takes it at this moment; serve on, and try again when the worker is readable, or
+        after some 20 ms at the latest. Raises ValueError for too many fds or too large a state.
         """
+        self._unwatch_full()
         if not 1 <= len(fds) <= MAXIMUM_HANDED_FDS:
             raise ValueError(f"hand_over: {len(fds)} fds; 1 to {MAXIMUM_HANDED_FDS}")
-        match self._outbox.put(RAW, (RawState(), state, fds)):
+        mailbox = self._given_to.pop() if self._given_to else None
+        match self._outbox.put(RAW, (RawState(), state, fds), mailbox):
             case Put.SENT:
                 self._counters[MOVED] += 1
                 return True
             case Put.REFUSED:
                 raise ValueError(f"hand_over: a state of {len(state)} bytes; at most {MAXIMUM_DATA_BYTES}")
+            case Put.FULL:
+                self._full = self._outbox.writers(RAW)
+                for writer in self._full:
+                    self._epoll.register(writer, select.EPOLLOUT)
         return False
+
+    @property
+    def has_unread(self) -> bool:
+        """What was handed over, by us or by others, is not all adopted yet."""
+        return self._outbox.has_unread()
+
+    def surplus(self) -> int:
+        """How many connections are more than this worker's share, by the counts of all its siblings (`connections`).
+
+        To be asked several times a second; the next so many calls of `hand_over` give to those who have too few.
+        Mostly 0, and always in a drain, in which everything is to be handed over.
+        """
+        self._given_to = []
+        if self.draining or not self._outbox.takes(RAW) or self._outbox.has_unread():
+            return 0
+        counts = {info.row: self._all_counters.read(info.row, CONNECTIONS) for info in self._outbox.receivers}
+        counts[self._boot.counters_row] = self.connections
+        plan = shares(counts, self._boot.counters_row)
+        self._given_to = [info.mailbox for info in self._outbox.receivers for _ in range(plan.get(info.row, 0))]
+        return len(self._given_to)
 
     def adopted(self) -> list[tuple[list[socket.socket], bytes]]:
         """Connections that other workers handed over: sockets, non-blocking, which are yours now, and their states.
@@ -183,6 +218,22 @@ class Worker(_Identity):
         At most 16 at once: ask again when the worker is readable. A state is data, from a peer: check it. Never blocks.
         """
         found: list[tuple[list[socket.socket], bytes]] = []
+        for fds, state in self.adopted_fds():
+            if sockets := _sockets_of(fds):
+                found.append((sockets, state))
+            else:
+                self._counters[ADOPTED] -= 1
+                self._counters[REFUSED] += 1
+        return found
+
+    @property
+    def may_adopt(self) -> bool:
+        """Connections may still come. When the service stops, until every other worker has heard of it."""
+        return self._reads_mailbox
+
+    def adopted_fds(self) -> list[tuple[list[int], bytes]]:
+        """As `adopted`, where not all fds are sockets; close-on-exec, and yours."""
+        found: list[tuple[list[int], bytes]] = []
         if self._reads_mailbox and self._link.is_draining and self._link.moves:
             self._stop_adopting()  # our replacement reads on, or the master
         while self._reads_mailbox and len(found) < LETTERS_PER_TURN and has_headroom(self._mailbox.fileno()):
@@ -196,13 +247,19 @@ class Worker(_Identity):
             except Unreadable:
                 self._counters[REFUSED] += 1
                 continue
-            sockets = _sockets_of(fds)
-            if sockets:
-                self._counters[ADOPTED] += 1
-                found.append((sockets, state))
-            else:
-                self._counters[REFUSED] += 1
+            self._counters[ADOPTED] += 1
+            found.append((fds, state))
         return found
+
+    def _receivers_changed(self, message: Receivers, fds: list[int]) -> None:
+        self._unwatch_full()
+        self._given_to = []
+        self._outbox.update(message, fds)
+
+    def _unwatch_full(self) -> None:
+        for writer in self._full:
+            self._epoll.unregister(writer)
+        self._full = []
 
     def _stop_adopting(self) -> None:
         self._reads_mailbox = False
@@ -211,6 +268,8 @@ class Worker(_Identity):
     def _poll(self, timeout: float | None) -> bool:
         """Whether there is something for `adopted`."""
         ready = self._epoll.poll(timeout)
+        if any(events & select.EPOLLOUT for _, events in ready):
+            self._unwatch_full()
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
         if self._link.is_orphan:

@@ -12,6 +12,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from handoff.core.proxy_protocol import (
     V2_MAXIMUM_BYTES,
     Absent,
@@ -59,6 +61,17 @@ class Given(NamedTuple):
     first: bytes
 
 
+class AttemptState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What another process must know to go on with it. Times are of the monotonic clock, which all share."""
+
+    phase: Phase
+    began_at: float
+    deadline: float
+    first: bytes = b""
+    source: Address | None = None
+    destination: Address | None = None
+
+
 class Attempt:
     """Owns the client's socket until it is relayed or closed. The engine hears how it ended."""
 
@@ -95,6 +108,14 @@ class Attempt:
         """It is being connected to."""
         return self._target
 
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self._dispatcher
+
+    @property
+    def service(self) -> str:
+        return self._dispatcher.route.service
+
     def begin(self, reads_header: bool) -> None:
         if reads_header:
             self.phase = Phase.HEADER
@@ -102,6 +123,41 @@ class Attempt:
             self._watch_client(READ)
         else:
             self._begin_connecting()
+
+    # --- moving -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> AttemptState:
+        """For another process, between two turns. A connection that is being made will be made there."""
+        return AttemptState(
+            phase=self.phase,
+            began_at=self.began_at,
+            deadline=self._deadline,
+            first=self._first,
+            source=self.source,
+            destination=self.destination,
+        )
+
+    def let_go(self) -> None:
+        """The client is another process's now: nothing is sent, the engine hears nothing. Between two turns."""
+        self.is_over = True
+        self._give_up()
+        self._watch_client(0)  # first, and then closed: the connection lives on, and epoll would keep it
+        self._loop.timers.forget(self)
+        self.client.close()
+
+    def go_on(self, state: AttemptState) -> None:
+        """From where another process was, in place of `begin`."""
+        self.began_at, self._first = state.began_at, state.first
+        self.source, self.destination = state.source, state.destination
+        if state.phase is Phase.HEADER:
+            self.phase = Phase.HEADER
+            self._set_deadline(max(0.0, state.deadline - self._loop.now))
+            self._watch_client(READ)
+            return
+        self._engine.count_source(self, self._dispatcher, is_let_in=True)
+        if not self._connect_somewhere(is_queued=True):
+            seconds = state.deadline - self._loop.now if state.phase is _QUEUE else None
+            self._wait(is_let_in=True, seconds=seconds)
 
     # --- the header of a proxy --------------------------------------------------------------------------------------
 
@@ -179,14 +235,15 @@ class Attempt:
                 return True
             is_queued = False
 
-    def _wait(self) -> None:
+    def _wait(self, is_let_in: bool = False, seconds: float | None = None) -> None:
+        """`is_let_in`: whatever the limit of the queue, for so many seconds, None for those of the service."""
         self.phase = _QUEUE
         queue, route = self._dispatcher.queue, self._dispatcher.route
-        if len(queue) >= route.maximum_queue:
+        if len(queue) >= route.maximum_queue and not is_let_in:
             self.end("proxy", "the queue is full")
             return
         queue.append(self)
-        self._set_deadline(route.timeouts.queue_seconds)
+        self._set_deadline(route.timeouts.queue_seconds if seconds is None else max(0.0, seconds))
         self._watch_client(LEAVING)
         self._engine.queued(self._dispatcher)
 

@@ -6,16 +6,18 @@ import logging
 import math
 import random
 import socket
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 from handoff.core.proxy_protocol import Address
 from handoff.worker.proxied import Rules
 from lb.core.choice import plain_address
-from lb.core.table import Route, Table
-from lb.page import RECEIVED_BYTES, RESET, SENT_BYTES, Page
+from lb.core.table import Endpoint, Route, Table
+from lb.page import CURRENT, RECEIVED_BYTES, RESET, SENT_BYTES, Page
 from lb.relay.attempt import Attempt, Given
 from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher
+from lb.relay.letters import AttemptLetter, RelayLetter
 from lb.relay.loop import Loop
 from lb.relay.relay import Closed, Limits, Relay, reset_at_close
 from lb.relay.targets import Target, Targets
@@ -189,6 +191,87 @@ class Engine:
             for attempt in list(self._attempts)[:count]:
                 attempt.end("proxy", "the balancer drains")
 
+    # --- moving: see lb.relay.moving ----------------------------------------------------------------------------------
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        return list(self._attempts)
+
+    def relays(self) -> Iterator[Relay]:
+        """All of them; they may go meanwhile."""
+        for target in self._targets:
+            yield from list(target.relays)
+
+    def letter(self, relay: Relay) -> tuple[RelayLetter, tuple[int, ...]]:
+        """What another process must know, and the fds that go along, borrowed."""
+        context: Context = relay.context
+        endpoint = context.target.endpoint
+        state, fds = relay.state()
+        letter = RelayLetter(
+            service=context.service.name,
+            identity=endpoint.identity,
+            name=endpoint.name,
+            address=endpoint.address,
+            state=state,
+            limits=context.service.limits,
+            counted_as=context.counted_as,
+            source=context.source,
+        )
+        return letter, fds
+
+    def let_go(self, relay: Relay) -> Target:
+        """It is another process's now. Its place at the backend is still counted here, and must be given back."""
+        context: Context = relay.context
+        relay.let_go()
+        self.connections -= 1
+        context.target.relays.discard(relay)
+        self._uncount_source(context.counted_as, context.service.dispatcher)
+        return context.target
+
+    def let_attempt_go(self, attempt: Attempt) -> None:
+        """It is another process's now."""
+        attempt.let_go()
+        self._attempts.discard(attempt)
+        self._uncount_source(attempt.counted_as, attempt.dispatcher)
+
+    def places_given_back(self) -> None:
+        for service in self._services.values():
+            service.dispatcher.wake()
+        self._targets.drop_unused()
+
+    def adopt(self, letter: RelayLetter, client: socket.socket, server: socket.socket, pipes: Sequence[int]) -> None:
+        """A relay of another process. Takes ownership; it is let in whatever the limits are."""
+        service = self._services.get(letter.service) or self._without_route(letter)
+        target = self._targets.adopt(Endpoint(identity=letter.identity, name=letter.name, address=letter.address))
+        target.cells[CURRENT] += 1
+        if letter.counted_as is not None:
+            service.dispatcher.sources[letter.counted_as] += 1
+        source = letter.source if self._access_log is not None else None
+        context = Context(service, target, letter.counted_as, source, letter.state.began_at)
+        moved = letter.state, pipes
+        relay = Relay(client, server, self._loop, service.limits, self._relayed, context=context, moved=moved)
+        self.connections += 1
+        target.relays.add(relay)
+
+    def adopt_attempt(self, letter: AttemptLetter, client: socket.socket) -> None:
+        """A client of another process, which has no backend yet. Takes ownership."""
+        service = self._services.get(letter.service)
+        if service is None:
+            reset_at_close(client)
+            self._loop.close(client)
+            return
+        attempt = Attempt(client, None, service.dispatcher, self, self._loop)
+        self._attempts.add(attempt)
+        attempt.go_on(letter.state)
+
+    def _without_route(self, letter: RelayLetter) -> Service:
+        """The present table does not have its service any more; its connections go on as they were."""
+        route = Route(service=letter.service, shares={"": 100}, pools={"": ()})
+        service = Service(letter.service, Dispatcher(route, self._targets, self._random))
+        service.limits = Limits(*letter.limits)
+        self._services[letter.service] = service
+        return service
+
     # --- within -----------------------------------------------------------------------------------------------------
 
     def _relayed(self, relay: Relay, closed: Closed) -> None:
@@ -217,13 +300,13 @@ class Engine:
         if dispatcher.queue:
             self.queued(dispatcher)
 
-    def count_source(self, attempt: Attempt, dispatcher: Dispatcher) -> bool:
-        """From an attempt, when its source is known. False: there are too many of it."""
+    def count_source(self, attempt: Attempt, dispatcher: Dispatcher, is_let_in: bool = False) -> bool:
+        """From an attempt, when its source is known. False: there are too many of it, and it was not `is_let_in`."""
         limit = dispatcher.route.per_source
         if limit is None or attempt.source is None:
             return True
         source = plain_address(attempt.source[0])
-        if dispatcher.sources[source] >= limit:
+        if dispatcher.sources[source] >= limit and not is_let_in:
             return False
         dispatcher.sources[source] += 1
         attempt.counted_as = source

@@ -11,6 +11,9 @@ import enum
 import fcntl
 import os
 import socket
+from collections.abc import Sequence
+
+import msgspec
 
 CHUNK_BYTES = 64 * 1024
 PIPE_BYTES = 1024 * 1024
@@ -36,6 +39,19 @@ class Result(enum.Enum):
 
 
 _OPEN, _BLOCKED, _ENDED = Result.OPEN, Result.BLOCKED, Result.ENDED  # an attribute of an enum is slow to find
+
+
+class FlowState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What another process must know to go on with it."""
+
+    total: int = 0
+    pending: bytes = b""
+    is_read: bool = True
+    is_written: bool = True
+    full_chunks: int = 0
+    is_bulk: bool = False
+    piped: int = 0
+    """Bytes in the pipe, whose ends come along only if there are any."""
 
 
 class Flow:
@@ -69,6 +85,29 @@ class Flow:
         if data:
             self._pending = memoryview(data)
             self.has_pending = True
+
+    def state(self) -> tuple[FlowState, tuple[int, ...]]:
+        """For another process, between two calls; and the ends of the pipe, borrowed, if something is in it."""
+        state = FlowState(
+            total=self.total,
+            pending=bytes(self._pending) if self._pending is not None else b"",
+            is_read=self.is_read,
+            is_written=self.is_written,
+            full_chunks=self._full_chunks,
+            is_bulk=self._pipe is not None,
+            piped=self._piped,
+        )
+        return state, self._pipe if self._pipe is not None and self._piped else ()
+
+    def go_on(self, state: FlowState, pipe: Sequence[int]) -> None:
+        """From where another process was. Takes ownership of both ends, if they are given."""
+        self.put(state.pending)
+        self.total, self._full_chunks = state.total, state.full_chunks
+        self.is_read, self.is_written = state.is_read, state.is_written
+        if pipe:
+            self._pipe, self._piped, self.has_pending = (pipe[0], pipe[1]), state.piped, True
+        elif state.is_bulk:
+            self._pipe = _pipe()
 
     def pump(self) -> Result:
         """The source can be read, and nothing is pending."""

@@ -12,10 +12,12 @@ import fcntl
 import socket
 import struct
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lb.relay.flow import Flow, Result
+import msgspec
+
+from lb.relay.flow import Flow, FlowState, Result
 from lb.relay.loop import READ, READABLE, WRITABLE, WRITE, Loop
 
 RESET_SECONDS = 2.0
@@ -48,6 +50,20 @@ class Closed(NamedTuple):
     received_bytes: int
 
 
+class RelayState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What another process must know to go on with it. Times are of the monotonic clock, which all share."""
+
+    up: FlowState
+    down: FlowState
+    began_at: float
+    last_at: float
+    shut_at: float | None = None
+    is_gone: bool = False
+    resetting: str = ""
+    """"client" or "server": it is to see a reset, once it has what came before."""
+    ending_at: float = 0.0
+
+
 class Relay:
     """Owns both sockets, which do not block and are connected. Calls `on_close` once, at its very end."""
 
@@ -66,8 +82,10 @@ class Relay:
         on_close: Callable[[Relay, Closed], None],
         first: bytes = b"",
         context: Any = None,
+        moved: tuple[RelayState, Sequence[int]] | None = None,
     ) -> None:
-        """`first`: bytes for the server that go before what the client sends. `context`: the owner's."""
+        """`first`: bytes for the server that go before what the client sends. `context`: the owner's. `moved`: where
+        another process was, and the ends of its pipes, which are ours now."""
         self.context = context
         self.bucket: int | None = None
         self._client, self._server = client, server
@@ -82,8 +100,47 @@ class Relay:
         self._client_mask = self._server_mask = 0
         if first:
             self._up.put(first)
-        self._watch()
+        if moved is not None:
+            self._go_on(*moved)
+        if self._resetting is None:
+            self._watch()
         loop.timers.arm(self)
+
+    # --- moving -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[RelayState, tuple[int, ...]]:
+        """For another process, between two turns; and the fds that go along, borrowed: client, server, pipes."""
+        (up, up_pipe), (down, down_pipe) = self._up.state(), self._down.state()
+        state = RelayState(
+            up=up,
+            down=down,
+            began_at=self.began_at,
+            last_at=self._last_at,
+            shut_at=self._shut_at,
+            is_gone=self._is_gone,
+            resetting="" if self._resetting is None else "client" if self._resetting is self._client else "server",
+            ending_at=self._ending_at,
+        )
+        return state, (self._client.fileno(), self._server.fileno(), *up_pipe, *down_pipe)
+
+    def let_go(self) -> None:
+        """It is another process's now: nothing is sent, `on_close` is not called. Between two turns."""
+        self._is_closed = True
+        self._watch_for(0, 0)  # first, and then closed: the connections live on, and epoll would keep them
+        self._up.close()
+        self._down.close()
+        self._loop.timers.forget(self)
+        self._client.close()
+        self._server.close()
+
+    def _go_on(self, state: RelayState, pipes: Sequence[int]) -> None:
+        split = 2 if state.up.piped else 0
+        self._up.go_on(state.up, pipes[:split])
+        self._down.go_on(state.down, pipes[split:])
+        self.began_at, self._last_at, self._shut_at = state.began_at, state.last_at, state.shut_at
+        self._is_gone, self._ending_at = state.is_gone, state.ending_at
+        if state.resetting:
+            self._resetting = self._client if state.resetting == "client" else self._server
 
     # --- events -----------------------------------------------------------------------------------------------------
 

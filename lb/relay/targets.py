@@ -85,6 +85,15 @@ class Targets:
         target.is_listed = True
         return target
 
+    def adopt(self, endpoint: Endpoint) -> Target:
+        """The target of a connection that another process made. If no table has it, it gets no new ones."""
+        target = self._known.get(endpoint.identity)
+        if target is None:
+            target = self._known[endpoint.identity] = Target(endpoint, self._page)
+            target.address = numeric_address(endpoint.address)
+            target.is_listed = False
+        return target
+
     def unlist_all(self) -> None:
         """A new table comes; what it has is listed again."""
         for target in self._known.values():

@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +24,13 @@ from lb.relay.access_log import AccessLog
 from lb.relay.engine import Engine
 from lb.relay.link import Link
 from lb.relay.loop import READ, Loop
+from lb.relay.moving import RETRY_SECONDS, Moving
 
 SPREAD_SECONDS = 5.0
 """What is left near the deadline of a drain is closed over so long, and not in one storm."""
 CLOSING_TICK_SECONDS = 0.1
+SENDERS_SECONDS = 2.0
+"""How long the others may take to hear that nobody takes connections any more."""
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +51,7 @@ def main(worker: Worker) -> None:
     first_table()  # what is wrong with it fails the boot
     names = {service.name for service in arguments.balancer.services}
     listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
-    if worker.ready():
+    if worker.ready(adopts=True):
         gc.freeze()  # connections leave no cycles: what is looked through again and again is what lives long
         gc.set_threshold(50_000, 50, 50)
         relays = RelayWorker(worker, page, first_table, directory, arguments.balancer)
@@ -85,6 +88,7 @@ class RelayWorker:
             on_older=lambda: self.engine.take(first_table()),
         )
         self.engine = Engine(self._loop, page, table, self._link, self._log)
+        self._moving = Moving(worker, self.engine, self._loop)
         self._link.open()
 
     def serve(self, listeners: Mapping[str, socket.socket]) -> None:
@@ -97,6 +101,7 @@ class RelayWorker:
         for acceptor in acceptors.values():
             acceptor.open()
         loop.watch(worker.fileno(), READ, self._worker_event)
+        self._moving.begin_balancing()
         self._is_draining = worker.draining
         while not self._is_draining:
             self._turn(None)
@@ -109,7 +114,7 @@ class RelayWorker:
         for acceptor in ending.values():
             acceptor.close()
             acceptor.accept_queued()
-        self._drain()
+        self._drain({_service_of(name) for name in ending})
         self._link.close()
         loop.shut_down()
 
@@ -121,6 +126,7 @@ class RelayWorker:
 
     def _worker_event(self, _mask: int) -> None:
         self._is_draining = self._worker.wait(0)
+        self._moving.adopt_some()
 
     def _be_unready(self) -> None:
         """The service stops: whoever asks `/readyz` hears that first, and sends nobody any more."""
@@ -129,13 +135,29 @@ class RelayWorker:
         while (left := until - self._loop.now) > 0 and self._worker.drain_seconds:
             self._turn(left)
 
-    def _drain(self) -> None:
-        """Until all have ended; what has not near the deadline is closed, spread over some time."""
+    def _drain(self, ending: Collection[str]) -> None:
+        """Until all have moved or ended; what has not near the deadline is closed, spread over some time."""
+        began_at = self._loop.now
         spread = min(SPREAD_SECONDS, (self._worker.drain_seconds or 0.0) / 2)
-        while present := self.engine.connections + self.engine.waiting:
+        while self._is_needed(began_at):
             left = self._worker.drain_seconds or 0.0
-            if left > spread:
-                self._turn(left - spread)
-                continue
-            self.engine.close_some(math.ceil(present * CLOSING_TICK_SECONDS / max(left, CLOSING_TICK_SECONDS)))
-            self._turn(CLOSING_TICK_SECONDS)
+            if self._moving.hand_over_some(ending):
+                self._turn(0)
+            elif left > spread:
+                self._turn(min(left - spread, self._patience_seconds()))
+            else:
+                present = self.engine.connections + self.engine.waiting
+                self.engine.close_some(math.ceil(present * CLOSING_TICK_SECONDS / max(left, CLOSING_TICK_SECONDS)))
+                self._turn(CLOSING_TICK_SECONDS)
+
+    def _patience_seconds(self) -> float:
+        """How long nothing may happen before we look again."""
+        if self._worker.can_hand_over or not self._moving.is_settled:
+            return RETRY_SECONDS
+        return SENDERS_SECONDS if self._worker.may_adopt else math.inf
+
+    def _is_needed(self, began_at: float) -> bool:
+        """There are connections here, others may still send theirs (the service stops), or ours are on their way."""
+        if self.engine.connections or self.engine.waiting or not self._moving.is_settled:
+            return True
+        return self._worker.may_adopt and self._loop.now < began_at + SENDERS_SECONDS

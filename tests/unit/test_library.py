@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 from handoff.channel import master_end, worker_end
 from handoff.core.messages import Boot, Drain, Open, ReceiverInfo, Receivers
 from handoff.core.moves import RAW, RawState
-from handoff.counters import ADOPTED, FIELDS, MOVED, REFUSED
+from handoff.counters import ADOPTED, CONNECTIONS, MOVED, REFUSED, CounterPage, WorkerCounters
 from handoff.mailbox import mailbox_pair, receive_letter, send_letter
 from handoff.rights import send_datagram
 from handoff.settings import Settings
@@ -27,6 +29,8 @@ class Played:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.master = master_end(ours)
         self.writer, reader = mailbox_pair()
+        self.page = CounterPage()
+        self.row, self.sibling_row = self.page.take_row(), self.page.take_row()
         boot = Boot(
             generation=1,
             label="",
@@ -35,12 +39,13 @@ class Played:
             settings=Settings(app="main:main", name="web"),
             listeners=(),
             counters_fd=-1,
-            counters_row=0,
+            counters_row=self.row,
             mailbox_fd=reader.detach(),
         )
-        self.counters = memoryview(bytearray(FIELDS * 8)).cast("Q")
+        counters = WorkerCounters(os.dup(self.page.fd), self.row)
+        self.counters = counters.own
         self._channel = worker_end(theirs)
-        self.worker = Worker(boot, Link(self._channel), Claims(boot), self.counters)
+        self.worker = Worker(boot, Link(self._channel), Claims(boot), counters)
 
     def begin(self) -> None:
         self.master.send(Open())
@@ -50,6 +55,7 @@ class Played:
         self.master.close()
         self._channel.close()
         self.writer.close()
+        os.close(self.page.fd)
         worker = self.worker  # in life the process ends, and closes these
         for one in (worker._mailbox, worker._wake_reader, worker._wake_writer, worker._epoll):
             one.close()  # type: ignore[attr-defined]
@@ -158,3 +164,90 @@ def test_hand_over_needs_a_drain_and_a_receiver_and_gives_the_fds_away(
             worker.hand_over([])
         with pytest.raises(ValueError, match="16777217 bytes"):
             worker.hand_over([ours.fileno()], bytes(16 * 1024 * 1024 + 1))
+
+
+def test_when_mailboxes_are_full_the_worker_is_readable_as_soon_as_there_is_room(
+    played: Played, connection: tuple[socket.socket, socket.socket]
+) -> None:
+    worker, (_, theirs) = played.worker, connection
+    writer, reader = mailbox_pair()
+    with writer, reader:
+        played.master.send(Drain(seconds=30.0, moves=True))
+        info = ReceiverInfo(mailbox=7, row=played.sibling_row, adopts=(RAW,), is_new=True)
+        played.master.send(Receivers(receivers=(info,), fds=1), [writer.fileno()])
+        assert worker.wait(0)
+        assert not worker.has_unread
+        while worker.hand_over([theirs.fileno()]):
+            pass
+        assert worker.has_unread
+        poll = select.poll()
+        poll.register(worker, select.POLLIN)
+        assert poll.poll(0) == []
+        while worker.has_unread:
+            os.close(receive_letter(reader)[2][0])
+        assert poll.poll(0) != []
+        assert worker.wait(0)
+        assert poll.poll(0) == [], "told once"
+        assert worker.hand_over([theirs.fileno()])
+        os.close(receive_letter(reader)[2][0])
+
+
+def test_what_is_above_its_share_a_worker_gives_to_siblings_that_have_less(
+    played: Played, connection: tuple[socket.socket, socket.socket]
+) -> None:
+    worker, (_, theirs) = played.worker, connection
+    mailboxes = [mailbox_pair() for _ in range(2)]
+    rows = [played.sibling_row, played.page.take_row()]
+    infos = tuple(
+        ReceiverInfo(mailbox=number, row=row, adopts=(RAW,), is_new=True) for number, row in enumerate(rows, 7)
+    )
+    played.master.send(Receivers(receivers=infos, fds=2), [writer.fileno() for writer, _ in mailboxes])
+    WorkerCounters(os.dup(played.page.fd), rows[0]).own[CONNECTIONS] = 8
+    worker.connections = 10
+    assert not worker.wait(0)
+    assert worker.surplus() == 4, "18 over 3, and the other with more than its share gives the rest"
+    for _ in range(4):
+        assert worker.hand_over([theirs.fileno()])
+    with pytest.raises(BlockingIOError):
+        receive_letter(mailboxes[0][1])
+    assert worker.surplus() == 0, "not before what was sent is counted"
+    for _ in range(4):
+        os.close(receive_letter(mailboxes[1][1])[2][0])
+    WorkerCounters(os.dup(played.page.fd), rows[1]).own[CONNECTIONS] = 4
+    worker.connections = 6
+    assert worker.surplus() == 0
+    for pair in mailboxes:
+        for end in pair:
+            end.close()
+
+
+def test_a_worker_that_drains_is_readable_only_while_there_is_something(played: Played) -> None:
+    worker = played.worker
+    os.kill(os.getpid(), signal.SIGTERM)
+    poll = select.poll()
+    poll.register(worker, select.POLLIN)
+    assert worker.wait(0)
+    assert poll.poll(0) == [], "no spin"
+    played.master.close()
+    assert worker.wait(0)
+    assert poll.poll(0) == [], "nor when the master is gone"
+
+
+def test_fds_that_are_no_sockets_are_adopted_as_fds(played: Played) -> None:
+    reader, writer = os.pipe()
+    send_letter(played.writer, RawState(), b"state", [reader, writer])
+    os.close(reader)
+    os.close(writer)
+    [(fds, state)] = played.worker.adopted_fds()
+    assert state == b"state"
+    os.write(fds[1], b"in the pipe")
+    assert os.read(fds[0], 100) == b"in the pipe"
+    for fd in fds:
+        os.close(fd)
+    assert played.counters[ADOPTED] == 1
+    reader, writer = os.pipe()
+    send_letter(played.writer, RawState(), b"state", [reader, writer])
+    os.close(reader)
+    os.close(writer)
+    assert played.worker.adopted() == [], "no sockets"
+    assert (played.counters[ADOPTED], played.counters[REFUSED]) == (1, 1)

@@ -1,0 +1,136 @@
+"""Connections move: out of a relay worker that drains, or has more than its share, and into another one.
+
+Between two turns of the loop every connection is quiet: what was read is delivered, or lies in a buffer or a pipe that
+moves along. So everything moves at once, whatever goes on in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterator
+
+from handoff import Worker
+from lb.relay.attempt import Attempt
+from lb.relay.engine import Engine
+from lb.relay.letters import AttemptLetter, BadLetter, RelayLetter, decode, encode, plain_socket
+from lb.relay.loop import Loop
+from lb.relay.relay import Relay
+from lb.relay.targets import Target
+
+LETTERS_PER_TURN = 64
+RETRY_SECONDS = 0.02
+BALANCE_SECONDS = 0.2
+UNCOUNTED_SECONDS = 0.5
+"""So long, at most, who was handed over is counted here as well: nowhere would let too many in to a backend."""
+
+_LOG = logging.getLogger("handoff.lb")
+
+
+class Moving:
+    """Of one relay worker."""
+
+    def __init__(self, worker: Worker, engine: Engine, loop: Loop) -> None:
+        self._worker, self._engine, self._loop = worker, engine, loop
+        self._sent: list[Target] = []
+        """Backends of connections that nobody else counts yet, one for each."""
+        self._uncount_at = 0.0
+        self._stuck: set[Relay] = set()
+        """What a letter cannot hold: it ends here."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Everything that was handed over is counted by who has it now."""
+        return not self._sent
+
+    def begin_balancing(self) -> None:
+        self._balance()
+
+    # --- out --------------------------------------------------------------------------------------------------------
+
+    def hand_over_some(self, staying: Collection[str]) -> bool:
+        """Of a drain. True: there is more, and room for it. Clients of the services `staying` have no backend yet and
+        will have none in the next generation: they wait for it here."""
+        self._uncount()
+        if not self._worker.can_hand_over:
+            return False
+        budget = LETTERS_PER_TURN
+        for one in self._all(staying):
+            if not budget:
+                return True
+            if not self._hand_over(one):
+                return False
+            budget -= 1
+        return False
+
+    def _all(self, staying: Collection[str]) -> Iterator[Attempt | Relay]:
+        yield from [one for one in self._engine.attempts if one.service not in staying]
+        for relay in self._engine.relays():
+            if relay not in self._stuck:
+                yield relay
+
+    def _balance(self) -> None:
+        if self._worker.draining:
+            return
+        self._loop.timers.call_at(self._loop.now + BALANCE_SECONDS, self._balance)
+        self._uncount()
+        self._worker.connections = self._engine.connections
+        surplus = self._worker.surplus()
+        for _, relay in zip(range(surplus), self._engine.relays(), strict=False):
+            if not self._hand_over(relay):
+                return
+
+    def _hand_over(self, one: Attempt | Relay) -> bool:
+        """False: there is no room now."""
+        if isinstance(one, Attempt):
+            letter: AttemptLetter | RelayLetter = AttemptLetter(service=one.service, state=one.state())
+            fds: tuple[int, ...] = (one.client.fileno(),)
+        else:
+            letter, fds = self._engine.letter(one)
+        try:
+            if not self._worker.hand_over(fds, encode(letter)):
+                return False
+        except ValueError:  # more than fits a letter: no relay of ours holds so much
+            self._stuck.add(one)  # type: ignore[arg-type]  # an attempt holds a header at most
+            return True
+        if isinstance(one, Attempt):
+            self._engine.let_attempt_go(one)
+        else:
+            self._sent.append(self._engine.let_go(one))
+            self._uncount_at = self._loop.now + UNCOUNTED_SECONDS
+        return True
+
+    def _uncount(self) -> None:
+        if self._sent and (self._loop.now >= self._uncount_at or not self._worker.has_unread):
+            for target in self._sent:
+                target.give_back()
+            self._sent = []
+            self._engine.places_given_back()
+
+    # --- in ---------------------------------------------------------------------------------------------------------
+
+    def adopt_some(self) -> None:
+        for fds, data in self._worker.adopted_fds():
+            try:
+                self._adopt(fds, data)
+            except (BadLetter, OSError) as error:
+                _LOG.warning("a connection could not be taken over: %s", error)
+                for fd in fds:
+                    os.close(fd)
+
+    def _adopt(self, fds: list[int], data: bytes) -> None:
+        """Takes the fds out of the list that it takes ownership of. Raises BadLetter, OSError."""
+        letter = decode(data, len(fds))
+        client = plain_socket(fds[0])
+        if isinstance(letter, AttemptLetter):
+            fds.clear()
+            self._engine.adopt_attempt(letter, client)
+            return
+        try:
+            server = plain_socket(fds[1])
+        except OSError:
+            del fds[0]
+            client.close()
+            raise
+        pipes, fds[:] = fds[2:], []
+        self._engine.adopt(letter, client, server, pipes)
