@@ -13,6 +13,7 @@ from handoff.addresses import Bind, parse_bind
 from handoff.durations import MAX_DURATION_SECONDS, parse_duration
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name, shown_value
+from lb.check_rules import OF_TYPE, refusal
 from lb.core.choice import ALGORITHMS, MAXIMUM_WEIGHT
 from lb.core.model import Backend, Balancer, Check, Ejection, Service, Timeouts
 from lb.positions import Path, Positions
@@ -20,6 +21,8 @@ from lb.positions import Path, Positions
 MAXIMUM_RELAYS = 64
 MAXIMUM_BACKENDS = 1000
 MAXIMUM_SERVICES = 256
+MAXIMUM_WORDS = 64
+"""Of a command; and requests of a warm-up."""
 _TOKEN = re.compile(r"[A-Z]{1,16}")
 _HTTP_PATH = re.compile(r"/[!-~]*")
 _HOST = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,253}")
@@ -54,15 +57,18 @@ class _Reader:
     def __init__(self, shown: str, positions: Positions) -> None:
         self._shown = shown
         self._positions = positions
+        self._shared: dict[str, Check] = {}
+        """By name, [check.NAME]."""
 
     def balancer(self, table: dict[str, Any]) -> Balancer:
-        self._refuse_unknown((), table, {"balancer", "service"})
+        self._refuse_unknown((), table, {"balancer", "service", "check"})
         own = self._fields(("balancer",), table.get("balancer", {}), _BALANCER)
         listed = table.get("service", [])
         if not isinstance(listed, list) or not listed:
             self._fail(("service",), "service", "expected tables [[service]], at least one")
         if len(listed) > MAXIMUM_SERVICES:
             self._fail(("service",), "service", f"there are {len(listed)}; expected at most {MAXIMUM_SERVICES}")
+        self._shared = self._shared_checks(table.get("check", {}))
         services = tuple(self._service(("service", index), one) for index, one in enumerate(listed))
         self._refuse_twice([(("service", index, "name"), one.name) for index, one in enumerate(services)])
         self._refuse_loops(services, own.get("admin"))
@@ -81,9 +87,53 @@ class _Reader:
         if active not in pools:
             self._fail((*path, "active"), "active", f"there is no pool {active}; there are {', '.join(pools)}")
         timeouts = Timeouts(**self._fields((*path, "timeouts"), inner.get("timeouts", {}), _TIMEOUTS))
-        check = Check(**self._fields((*path, "check"), inner["check"], _CHECK)) if "check" in inner else None
+        check, agent = self._service_checks(path, inner, pools)
         ejection = Ejection(**self._fields((*path, "ejection"), inner.get("ejection", {}), _EJECTION))
-        return Service(pools=pools, active=active, timeouts=timeouts, check=check, ejection=ejection, **own)
+        return Service(
+            pools=pools, active=active, timeouts=timeouts, check=check, agent=agent, ejection=ejection, **own
+        )
+
+    def _shared_checks(self, table: Any) -> dict[str, Check]:
+        self._expect_table(("check",), table)
+        for name in table:
+            if not is_service_name(name):
+                self._fail(("check", name), shown_value(name), f"is no name of a check; expected {_NAME}")
+        return {name: self._check(("check", name), one) for name, one in table.items()}
+
+    def _service_checks(
+        self, path: Path, inner: dict[str, Any], pools: dict[str, tuple[Backend, ...]]
+    ) -> tuple[Check | None, Check | None]:
+        """The check and the agent of a service: a table of its own, or the name of a shared one."""
+        check = self._check((*path, "check"), inner["check"]) if "check" in inner else None
+        agent = self._check((*path, "agent"), inner["agent"], "agent") if "agent" in inner else None
+        if agent is not None and agent.type != "agent":
+            self._fail((*path, "agent"), "agent", f'is of type "{agent.type}"; expected "agent"')
+        if agent is not None and check is not None and check.type == "agent":
+            self._fail((*path, "agent"), "agent", "is there twice: the check is an agent, too")
+        asked = agent or (check if check is not None and check.type == "agent" else None)
+        if asked is not None and asked.address is None:
+            for name, pool in pools.items():
+                for backend in pool:
+                    if parse_bind(backend.address).kind == "unix":
+                        where = (*path, "pool", name, "backends")
+                        self._fail(where, backend.address, "has no agent, which is asked over TCP; set its address")
+        return check, agent
+
+    def _check(self, path: Path, said: Any, kind: str | None = None) -> Check:
+        """`kind`: the type where the table need not say it."""
+        if isinstance(said, str):
+            if said not in self._shared:
+                near = difflib.get_close_matches(said, self._shared, n=1)
+                there = f"did you mean {near[0]}?" if near else f"there are: {', '.join(self._shared) or 'none'}"
+                self._fail(path, str(path[-1]), f"there is no [check.{said}]; {there}")
+            return self._shared[said]
+        self._expect_table(path, said)
+        table = said if kind is None else {"type": kind, **said}
+        values = self._fields(path, table, _CHECK if kind is None else _AGENT)
+        wrong = refusal(tuple(table), table)
+        if wrong is not None:
+            self._fail((*path, wrong[0]), *wrong)
+        return Check(**values)
 
     def _pools(self, path: Path, table: Any) -> dict[str, tuple[Backend, ...]]:
         self._expect_table(path, table)
@@ -150,9 +200,7 @@ class _Reader:
 
     def _refuse_loops(self, services: tuple[Service, ...], admin: str | None) -> None:
         """A listener of ours as a backend would relay to itself until nothing is left."""
-        own = [parse_bind(one) for service in services for one in service.listen] + (
-            [parse_bind(admin)] if admin else []
-        )
+        own = _own_addresses(services, admin)
         for index, service in enumerate(services):
             for name, pool in service.pools.items():
                 for backend in pool:
@@ -165,6 +213,16 @@ class _Reader:
         where = self._shown if line is None else f"{self._shown}: line {line}"
         separator = " " if problem.startswith("is ") else ": "
         raise UsageError(f"{where}: {subject}{separator}{problem}")
+
+
+def is_own_address(balancer: Balancer, bind: Bind) -> bool:
+    """What is sent there comes back to this balancer."""
+    return any(is_same_address(bind, one) for one in _own_addresses(balancer.services, balancer.admin))
+
+
+def _own_addresses(services: tuple[Service, ...], admin: str | None) -> list[Bind]:
+    own = [parse_bind(one) for service in services for one in service.listen]
+    return [*own, parse_bind(admin)] if admin else own
 
 
 def is_same_address(backend: Bind, listener: Bind) -> bool:
@@ -265,6 +323,39 @@ def _read_status(value: Any) -> tuple[int, int]:
     return low, high
 
 
+def _read_numeric(value: Any) -> str:
+    try:
+        return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
+    except ValueError:
+        raise ValueError("expected an IP address, without a port") from None
+
+
+def _list_of(is_good: Callable[[str], object], expected: str) -> Read:
+    def read(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not 1 <= len(value) <= MAXIMUM_WORDS:
+            raise ValueError(f"expected a list of {expected}, 1 to {MAXIMUM_WORDS}")
+        if not all(isinstance(one, str) and is_good(one) for one in value):
+            raise ValueError(f"expected a list of {expected}")
+        return tuple(value)
+
+    return read
+
+
+def _is_sent(text: str) -> bool:
+    return len(text) <= 1024 and "\0" not in text
+
+
+def _is_word(text: str) -> bool:
+    return "\0" not in text
+
+
+def _read_command(value: Any) -> tuple[str, ...]:
+    found: tuple[str, ...] = _list_of(_is_word, "a program and its arguments")(value)
+    if not found[0]:
+        raise ValueError("expected a list of a program and its arguments")
+    return found
+
+
 _BALANCER: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
     "relays": ("relays", _number(1, MAXIMUM_RELAYS)),
@@ -274,6 +365,8 @@ _BALANCER: dict[str, tuple[str, Read]] = {
     "unready": ("unready_seconds", _duration),
     "freebind": ("freebind", _read_flag),
     "access_log": ("access_log", _read_flag),
+    "resolve_interval": ("resolve_interval_seconds", _duration),
+    "resolve_family": ("resolve_family", _choice("ipv4", "ipv6", "both")),
 }
 _SERVICE: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
@@ -288,7 +381,7 @@ _SERVICE: dict[str, tuple[str, Read]] = {
     "slow_start": ("slow_start_seconds", _duration),
     "panic_percent": ("panic_percent", _number(0, 100)),
 }
-_TABLES_OF_SERVICE = ("pool", "timeouts", "check", "ejection")
+_TABLES_OF_SERVICE = ("pool", "timeouts", "check", "agent", "ejection")
 _BACKEND: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
     "address": ("address", _read_address),
@@ -313,16 +406,26 @@ _EJECTION: dict[str, tuple[str, Read]] = {
     "maximum_percent": ("maximum_percent", _number(0, 100)),
 }
 _CHECK: dict[str, tuple[str, Read]] = {
-    "type": ("type", _choice("tcp", "http")),
+    "type": ("type", _choice(*OF_TYPE)),
     "method": ("method", _text(_TOKEN.fullmatch, "a method such as GET")),
     "path": ("path", _text(_HTTP_PATH.fullmatch, "a path that begins with /")),
     "host": ("host", _text(_HOST.fullmatch, "a host name")),
     "status": ("status", _read_status),
     "body": ("body", _text(str.isprintable, "printable text")),
+    "address": ("address", _read_numeric),
     "port": ("port", _number(1, 65535)),
+    "tls": ("tls", _read_flag),
+    "verify": ("verify", _read_flag),
+    "ca": ("ca", _text(_is_path, "the path of a file")),
+    "sni": ("sni", _text(_HOST.fullmatch, "a host name")),
+    "send": ("send", _text(_is_sent, "text of at most 1024 characters")),
+    "command": ("command", _read_command),
+    "warm_up": ("warm_up", _list_of(_HTTP_PATH.fullmatch, "paths that begin with /")),
+    "warm_up_timeout": ("warm_up_timeout_seconds", _duration),
     "interval": ("interval_seconds", _duration),
     "fast_interval": ("fast_interval_seconds", _duration),
     "timeout": ("timeout_seconds", _duration),
     "rise": ("rise", _number(1, 100)),
     "fall": ("fall", _number(1, 100)),
 }
+_AGENT: dict[str, tuple[str, Read]] = {key: _CHECK[key] for key in _CHECK if key in OF_TYPE["agent"]}

@@ -14,6 +14,7 @@ import click
 import msgspec
 
 from handoff.errors import HandoffError
+from lb.check_files import refuse_missing
 from lb.core.model import Balancer
 from lb.source import TYPED, Source, load, source_options
 
@@ -75,6 +76,7 @@ def describe(source: Source) -> dict[str, Any]:
     path = os.path.abspath(source.file or ".")
     near = path if source.file is None else os.path.dirname(path)
     shown = TYPED if source.file is None else path
+    refuse_missing(balancer, shown, near)
     return description(balancer, shown, state_directory(balancer, near, os.environ, os.geteuid()))
 
 

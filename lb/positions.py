@@ -25,7 +25,8 @@ class Positions:
                 if header[1]:
                     counts[header[2]] += 1
                 table = _path(header[2], counts)
-                self._lines.setdefault(table, number)
+                for length in range(1, len(table) + 1):  # [check.web] begins the table "check", if nothing has before
+                    self._lines.setdefault(table[:length], number)
             elif (key := _KEY.match(line)) is not None:
                 self._lines.setdefault((*table, _plain(key[1])), number)
 

@@ -12,7 +12,7 @@ from handoff.durations import format_duration
 from handoff.errors import ExitCode
 from lb.cli.client import ask_status
 from lb.cli.options import balancer_options, find_balancer
-from lb.core.admin import BackendStatus, ServiceStatus, Status
+from lb.core.admin import BackendStatus, NameStatus, ServiceStatus, Status
 
 MINIMUM_WIDTH = 140
 HEADINGS = ("service", "pool", "%", "backend", "address", "state", "health", "weight", "conns", "total", "failed")
@@ -63,6 +63,14 @@ def _heading(found: Status) -> Iterator[str]:
     for name, service in found.services.items():
         listen = ", ".join(service.listen)
         yield f"service {name}: {listen}, {service.algorithm}, revision {service.revision}"
+    for typed, one in found.names.items():
+        yield _name(typed, one)
+
+
+def _name(typed: str, one: NameStatus) -> str:
+    age = "" if one.age_seconds is None else f", as of {format_duration(round(one.age_seconds))} ago"
+    problem = f"; looking it up fails: {one.error}" if one.error else ""
+    return f"name {typed}: {', '.join(one.addresses) or 'no address yet'}{age}{problem}"
 
 
 def _rows(name: str, service: ServiceStatus) -> Iterator[tuple[str, ...]]:
@@ -85,6 +93,6 @@ def _cells(one: BackendStatus) -> tuple[str, ...]:
         f"{one.connections}{limit}",
         str(one.total),
         str(one.failed),
-        one.last_check,
+        "; ".join(said for said in (one.last_check, f"agent: {one.agent}" if one.agent else "") if said),
         one.override,
     )

@@ -16,7 +16,7 @@ import msgspec
 from lb.control.commands import Commands
 from lb.control.controller import Controller
 from lb.control.metrics import Metrics
-from lb.control.status import status_of
+from lb.control.status import status_of, unknown_names
 from lb.core.admin import MAXIMUM_REQUEST_BYTES, Answer, Request
 
 Message = MutableMapping[str, Any]
@@ -122,6 +122,8 @@ class Admin:
             return b"all relay workers drain\n"
         if not connected and not self._controller.page.rows():
             return b"there is no relay worker\n"
+        for service, names in unknown_names(self._controller).items():
+            return f"service {service}: no address is known of {', '.join(names)}\n".encode()
         return None
 
 

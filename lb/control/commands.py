@@ -15,7 +15,8 @@ import msgspec
 from handoff.addresses import parse_bind
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name
-from lb.config import MAXIMUM_BACKENDS, is_same_address, parse_config
+from lb.check_files import refuse_missing
+from lb.config import MAXIMUM_BACKENDS, is_own_address, parse_config
 from lb.control.controller import Controller
 from lb.control.switching import published, rollback, switch
 from lb.core.admin import (
@@ -47,6 +48,7 @@ from lb.core.overrides import (
     without,
 )
 from lb.core.reloading import taken_in_place
+from lb.core.standing import Administrative
 
 COUNT_SECONDS = 0.05
 """Between two looks at the connections that are left: they are counted in shared memory, which tells nobody."""
@@ -140,13 +142,28 @@ class Commands:
         controller = self._controller
         found = self._find(request.server)
         overrides = controller.overrides
+        states = without(overrides.states, found.key)
+        if self._is_held_by_agent(found.key):
+            states[found.key] = StateChange(
+                who=request.who,
+                why=request.why,
+                at=controller.wall(),
+                configured=found.backend.address,
+                state="ready",
+            )
         changed = msgspec.structs.replace(
             overrides,
-            states=without(overrides.states, found.key),
+            states=states,
             weights=without(overrides.weights, found.key),
         )
         answer = await self._published(controller.override(changed), f"{found.key} is ready")
         return await self._came_up(found.key, answer, request.wait_seconds)
+
+    def _is_held_by_agent(self, key: str) -> bool:
+        """It is `ready` against the agent's will then, which must be said, and kept."""
+        records = self._controller.records
+        said = [records[one.identity].said for one in self._controller.present.values() if one.key == key]
+        return any(one is not None and one.administrative not in (None, Administrative.READY) for one in said)
 
     async def _weight(self, request: Weight) -> Answer:
         if not 0 <= request.weight <= MAXIMUM_WEIGHT:
@@ -202,10 +219,7 @@ class Commands:
             raise Refusal(REFUSED, f"{backend.name} is there already; nothing changed")
         if len(members) >= MAXIMUM_BACKENDS:
             raise Refusal(REFUSED, f"the pool has {len(members)} backends, the most there may be; nothing changed")
-        balancer = self._controller.balancer
-        own = [listen for service in balancer.services for listen in service.listen]
-        own += [balancer.admin] if balancer.admin is not None else []
-        if any(is_same_address(bind, parse_bind(one)) for one in own):
+        if is_own_address(self._controller.balancer, bind):
             raise Refusal(USAGE, f"{backend.address} is an address that this balancer listens on itself")
 
     async def _remove(self, request: Remove) -> Answer:
@@ -239,6 +253,7 @@ class Commands:
     async def _apply(self, request: Apply) -> Answer:
         controller = self._controller
         wanted = parse_config(request.text, request.shown)
+        refuse_missing(wanted, request.shown, ".")
         effective, notes = taken_in_place(controller.balancer, wanted)
         before = {service.name: service for service in controller.balancer.services}
         touched = [one.name for one in effective.services if one != before[one.name]]
@@ -259,19 +274,18 @@ class Commands:
         if answer.exit_code or wait_seconds is None:
             return answer
 
-        def present() -> Present | None:
-            return next((one for one in self._controller.present.values() if one.key == key), None)
+        def present() -> list[Present]:
+            """A name has several."""
+            return [one for one in self._controller.present.values() if one.key == key]
 
         def is_up() -> bool:
-            one = present()
-            return one is None or one.standing.is_eligible
+            return not present() or any(one.standing.is_eligible for one in present())
 
         if not await self._controller.wait_for(is_up, wait_seconds):
-            one = present()
-            health = "gone" if one is None else one.standing.health.value
+            health = present()[0].standing.health.value if present() else "gone"
             problem = f"{answer.message}, but it is {health} after {wait_seconds:g} s"
             return msgspec.structs.replace(answer, exit_code=TIMED_OUT, message=problem)
-        if present() is None:
+        if not present():
             return msgspec.structs.replace(answer, exit_code=UNKNOWN, message=f"{key} was removed meanwhile")
         # That it is up stands in a table, which they are to have.
         return await self._published(self._controller.publish(), f"{answer.message}, and up")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import msgspec
 
-from lb.control.checker import Checker, Task
-from lb.control.checks import Result
+from handoff.addresses import parse_bind
+from lb.config import is_own_address
 from lb.control.files import boot_id, run_id, write_atomically
-from lb.control.names import Names, is_called_by_name
+from lb.control.names import Names
+from lb.control.probes import Probes
 from lb.control.relays import Relays
+from lb.control.resolver import Resolver
 from lb.control.store import Store
 from lb.control.stored import (
     BEAT_SECONDS,
@@ -28,8 +30,9 @@ from lb.control.stored import (
 from lb.core.compose import Leaving, Observed, Present, Record, compose, present_backends, recorded
 from lb.core.ejection import EjectionRecord, EjectionRules, Ejections
 from lb.core.model import Balancer, Service
+from lb.core.naming import Answer, is_called_by_name
 from lb.core.overrides import Overrides, expired, next_expiry, retired, settled
-from lb.core.standing import Administrative, Health, Thresholds
+from lb.core.standing import Administrative
 from lb.core.table import Closing, Endpoint, Table
 from lb.core.wire import TABLE_NAME
 from lb.page import CURRENT, Page
@@ -48,9 +51,17 @@ class Controller:
     """Made on a running loop. Borrows the store, the page and the relay workers."""
 
     def __init__(
-        self, balancer: Balancer, generation: int, directory: Path, store: Store, page: Page, relays: Relays
+        self,
+        balancer: Balancer,
+        generation: int,
+        directory: Path,
+        store: Store,
+        page: Page,
+        relays: Relays,
+        resolver: Resolver | None = None,
     ) -> None:
         self.generation = generation
+        self._resolver = resolver or Resolver()
         self.store, self.page, self.relays = store, page, relays
         self._directory = directory
         self._base, self._run = fingerprint(balancer), run_id()
@@ -62,12 +73,10 @@ class Controller:
         self.overrides = self._settled(store.load())
         self.records: dict[str, Record] = dict(memory.records) if memory is not None else {}
         self.leaving: dict[str, Leaving] = dict(memory.leaving) if memory is not None else {}
-        self.addresses: dict[str, str] = dict(memory.addresses) if memory is not None else {}
+        self.answers: dict[str, Answer] = dict(memory.answers) if memory is not None else {}
+        """What names stand for, by the address as typed."""
         self.ejections: dict[str, Ejections] = {}
         self._remembered_ejections = dict(memory.ejections) if memory is not None else {}
-        self.checks: dict[str, dict[str, int]] = {}
-        """How many of each outcome, by identity."""
-        self.check_seconds: dict[str, float] = {}
         revision = last.revision if last is not None and last.generation == generation else 0
         routes = last.routes if last is not None and memory is not None else {}
         self.table = Table(generation=generation, revision=revision, routes=routes)
@@ -85,15 +94,15 @@ class Controller:
         self._written_at = 0.0
         self._has_file_problem = False
         self._all_deadline = time.monotonic() + RECONNECT_SECONDS
-        self.checker: Checker | None = None
+        self.probes: Probes | None = None
         self.names: Names | None = None
         relays.watcher = self
 
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """Publish the first table, and begin with the checks. Their tasks, and ours, are of the group."""
-        self.checker = Checker(tasks, self._on_result, self._is_changing)
-        self.names = Names(tasks, self._on_address)
-        self.names.known.update(self.addresses)
+        self.probes = Probes(tasks, self.records, self._find, self.refresh)
+        self.names = Names(tasks, self._resolver, self.refresh, self._is_own)
+        self.names.answers = self.answers
         self.page.sweep()
         self.publish(is_forced=True)
         self._is_start = False
@@ -103,6 +112,9 @@ class Controller:
     def end(self) -> None:
         """What was observed is kept for the successor."""
         self._remember()
+        self._resolver.close()
+        if self.probes is not None:
+            self.probes.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -111,7 +123,7 @@ class Controller:
     @property
     def has_begun(self) -> bool:
         """There is a table."""
-        return self.checker is not None
+        return self.probes is not None
 
     def service(self, name: str) -> Service | None:
         return next((service for service in self.balancer.services if service.name == name), None)
@@ -207,8 +219,8 @@ class Controller:
         service = self.service(one.service) if one is not None else None
         if one is None or service is None:
             return
-        if self.checker is not None:
-            self.checker.hurry(identity)
+        if self.probes is not None:
+            self.probes.hurry(identity)
         if service.ejection.failures == 0:
             return
         now = time.monotonic()
@@ -241,29 +253,13 @@ class Controller:
 
     # --- what is observed -------------------------------------------------------------------------------------------
 
-    def _on_result(self, identity: str, result: Result) -> None:
+    def _find(self, identity: str) -> tuple[Present, Service] | None:
         one = self.present.get(identity)
         service = self.service(one.service) if one is not None else None
-        if one is None or service is None or service.check is None or not one.standing.is_checked:
-            return
-        counts = self.checks.setdefault(identity, {})
-        counts[result.outcome.value] = counts.get(result.outcome.value, 0) + 1
-        self.check_seconds[identity] = result.seconds
-        record = self.records.get(identity, Record())
-        after = record.checked.after(result.outcome, Thresholds(service.check.rise, service.check.fall))
-        self.records[identity] = msgspec.structs.replace(record, checked=after, last_check=result.reason)
-        if after.health is not record.checked.health:
-            level = logging.INFO if after.health is Health.UP else logging.WARNING
-            was, is_now = record.checked.health.value, after.health.value
-            _LOG.log(level, "%s %s -> %s (%s)", one.key, was, is_now, result.reason)
-            self.refresh()
+        return (one, service) if one is not None and service is not None else None
 
-    def _is_changing(self, identity: str) -> bool:
-        return self.records.get(identity, Record()).checked.is_changing
-
-    def _on_address(self, typed: str, address: str) -> None:
-        self.addresses[typed] = address
-        self.refresh()
+    def _is_own(self, address: str) -> bool:
+        return is_own_address(self.balancer, parse_bind(address))
 
     def _expire(self) -> None:
         overrides, notes = expired(self.overrides, time.time())
@@ -278,14 +274,13 @@ class Controller:
         ejected = frozenset(one for each in self.ejections.values() for one in each.ejected(now))
         if self._remembered_ejections:
             ejected |= self._restored_ejections(now)
-        observed = Observed(records=self.records, ejected=ejected, addresses=self.addresses)
+        observed = Observed(records=self.records, ejected=ejected, answers=self.answers)
         self.present = present_backends(self.balancer, self.overrides, observed, self.wall_offset)
         self._depart(now)
         for identity, one in self.present.items():
             self.records[identity] = recorded(self.records.get(identity), one.standing, now, is_start=self._is_start)
-        for kept in (self.records, self.checks, self.check_seconds):
-            for identity in [identity for identity in kept if identity not in self.present]:
-                del kept[identity]
+        for identity in [identity for identity in self.records if identity not in self.present]:
+            del self.records[identity]
         for each in self.ejections.values():
             each.keep_only(frozenset(self.present))
         return msgspec.structs.replace(observed, leaving=self.leaving)
@@ -299,8 +294,9 @@ class Controller:
                 for one in endpoints:
                     if one.identity in self.present or one.identity in self.leaving or one.identity in self._left:
                         continue
-                    if not is_called_by_name(one.address):
-                        gone.append(one.identity)
+                    if is_called_by_name(one.address):  # nobody was ever connected to it
+                        continue
+                    gone.append(one.identity)
                     if service is not None:
                         self._left_at.pop(one.identity, None)
                         leaving = self._leaving(one, service, now)
@@ -346,16 +342,9 @@ class Controller:
     # --- what follows -----------------------------------------------------------------------------------------------
 
     def _check_and_ask(self) -> None:
-        if self.checker is None or self.names is None:
+        if self.probes is None or self.names is None:
             return
-        wanted = {}
-        for identity, one in self.present.items():
-            service = self.service(one.service)
-            if service is None or service.check is None or not one.standing.is_checked:
-                continue
-            if not is_called_by_name(one.backend.address):
-                wanted[identity] = Task(check=service.check, address=one.backend.address, send_proxy=service.send_proxy)
-        self.checker.check_only(wanted)
+        self.probes.ask_only(self.present, {one.name: one for one in self.balancer.services}, self.overrides)
         typed = [
             backend.address
             for service in self.balancer.services
@@ -363,9 +352,7 @@ class Controller:
             for backend in backends
         ]
         typed += [added.backend.address for added in self.overrides.added.values()]
-        self.names.ask_only(typed)
-        for address in self.addresses.keys() - set(typed):
-            del self.addresses[address]
+        self.names.ask_only(typed, self.balancer.resolve_interval_seconds, self.balancer.resolve_family)
 
     def _arm(self, now: float) -> None:
         """The next thing that happens by itself: an ejection, or an override, is over."""
@@ -433,7 +420,7 @@ class Controller:
             records=self.records,
             ejections=ejections,
             leaving=self.leaving,
-            addresses=self.addresses,
+            answers=self.answers,
         )
         self._written_at = memory.written_at
         self._write(MEMORY_NAME, msgspec.json.encode(memory))

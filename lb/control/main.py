@@ -12,6 +12,7 @@ from handoff import AsyncWorker
 from lb.control.admin import Admin
 from lb.control.controller import Controller
 from lb.control.relays import Relays
+from lb.control.resolver import Resolver
 from lb.control.server import AdminServer
 from lb.control.store import Store
 from lb.core.model import Balancer
@@ -27,14 +28,14 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
     state: str
 
 
-async def main(worker: AsyncWorker) -> None:
-    """Controls until the drain."""
+async def main(worker: AsyncWorker, resolver: Resolver | None = None) -> None:
+    """Controls until the drain. `resolver`: another one than the machine's."""
     arguments = msgspec.convert(worker.arguments, Arguments)
     directory = Path(os.environ["HANDOFF_RUNTIME_DIRECTORY"])
     page = Page(directory / PAGE_NAME)
     relays = Relays(directory, worker.generation)
     controller = Controller(
-        arguments.balancer, worker.generation, directory, Store(Path(arguments.state)), page, relays
+        arguments.balancer, worker.generation, directory, Store(Path(arguments.state)), page, relays, resolver
     )
     server = AdminServer(Admin(controller), arguments.balancer, directory, worker.listeners)
     try:

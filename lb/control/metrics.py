@@ -87,7 +87,7 @@ class Metrics(Collector):
             for name, text in _COUNTERS.items()
         }
         checks = CounterMetricFamily("handoff_lb_backend_checks", "Checks.", labels=[*_BACKEND, "outcome"])
-        page = self._controller.page
+        page, probes = self._controller.page, self._controller.probes
         for service, service_status in status.services.items():
             for pool, pool_status in service_status.pools.items():
                 for name, one in pool_status.backends.items():
@@ -104,10 +104,11 @@ class Metrics(Collector):
                     counters["received_bytes"].add_metric(labels, one.received_bytes)
                     nanoseconds = page.sums(one.identity)[CONNECT_NANOSECONDS]
                     counters["connect_seconds"].add_metric(labels, nanoseconds / 1e9)
-                    if (seconds := self._controller.check_seconds.get(one.identity)) is not None:
+                    if probes is not None and (seconds := probes.seconds.get(one.identity)) is not None:
                         gauges["check_seconds"].add_metric(labels, seconds)
                     for outcome in Outcome:
-                        count = self._controller.checks.get(one.identity, {}).get(outcome.value, 0)
+                        counts = {} if probes is None else probes.counts.get(one.identity, {})
+                        count = counts.get(outcome.value, 0)
                         checks.add_metric([*labels, outcome.value], count)
         yield from gauges.values()
         yield from counters.values()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from lb.control.controller import Controller
-from lb.core.admin import BackendStatus, PoolStatus, RelayStatus, ServiceStatus, Status
+from lb.core.admin import BackendStatus, NameStatus, PoolStatus, RelayStatus, ServiceStatus, Status
 from lb.core.compose import Record
-from lb.core.overrides import Change, Overrides
+from lb.core.overrides import Change, Overrides, shares_of
 from lb.core.standing import Administrative, Standing
 from lb.core.table import Endpoint, Route
 from lb.page import CURRENT, FAILED, RECEIVED_BYTES, RESET, SENT_BYTES, TOTAL
@@ -44,7 +44,33 @@ def status_of(controller: Controller) -> Status:
         is_durable=controller.store.problem is None,
         services=services,
         relays=relays,
+        names=_names(controller),
     )
+
+
+def _names(controller: Controller) -> dict[str, NameStatus]:
+    now = time.monotonic()
+    return {
+        typed: NameStatus(
+            addresses=answer.addresses,
+            age_seconds=None if answer.at is None else now - answer.at,
+            error=answer.error,
+        )
+        for typed, answer in sorted(controller.answers.items())
+    }
+
+
+def unknown_names(controller: Controller) -> dict[str, tuple[str, ...]]:
+    """Services that have nothing but names without an address in the pools that get connections; which ones."""
+    found: dict[str, tuple[str, ...]] = {}
+    for service in controller.balancer.services:
+        shares = shares_of(service, controller.overrides)
+        members = [
+            one for one in controller.present.values() if one.service == service.name and shares.get(one.pool, 0)
+        ]
+        if members and not any(one.is_known for one in members):
+            found[service.name] = tuple(dict.fromkeys(one.typed for one in members))
+    return found
 
 
 def _pools(controller: Controller, route: Route) -> dict[str, PoolStatus]:
@@ -54,7 +80,7 @@ def _pools(controller: Controller, route: Route) -> dict[str, PoolStatus]:
         for one in endpoints:
             # A name that is there twice: what is leaving gives way to its successor.
             name = one.identity if one.name in backends or _is_shadowed(one, endpoints, controller) else one.name
-            backends[name] = _backend(controller, one, f"{route.service}/{pool}/{one.name}")
+            backends[name] = _backend(controller, one)
         pools[pool] = PoolStatus(percent=route.shares.get(pool, 0), backends=backends)
     return pools
 
@@ -63,10 +89,12 @@ def _is_shadowed(one: Endpoint, endpoints: tuple[Endpoint, ...], controller: Con
     return one.identity in controller.leaving and sum(other.name == one.name for other in endpoints) > 1
 
 
-def _backend(controller: Controller, one: Endpoint, key: str) -> BackendStatus:
+def _backend(controller: Controller, one: Endpoint) -> BackendStatus:
     record = controller.records.get(one.identity, Record())
     present = controller.present.get(one.identity)
     standing = present.standing if present is not None else Standing(Administrative.DRAIN)
+    service = controller.service(present.service) if present is not None else None
+    has_agent = service is not None and service.agent_check is not None
     sums = controller.page.sums(one.identity)
     return BackendStatus(
         name=one.name,
@@ -86,9 +114,16 @@ def _backend(controller: Controller, one: Endpoint, key: str) -> BackendStatus:
         sent_bytes=sums[SENT_BYTES],
         received_bytes=sums[RECEIVED_BYTES],
         last_check=record.last_check,
+        agent=_agent(record) if has_agent else "",
         since_seconds=time.monotonic() - record.since if record.since else 0.0,
-        override=_override(controller.overrides, key) if present is not None else "",
+        override=_override(controller.overrides, present.key) if present is not None else "",
     )
+
+
+def _agent(record: Record) -> str:
+    said = str(record.said) if record.said is not None else ""
+    problem = f"no answer: {record.last_agent}" if record.last_agent else ""
+    return "; ".join(one for one in (said, problem) if one)
 
 
 def _override(overrides: Overrides, key: str) -> str:

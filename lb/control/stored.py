@@ -17,6 +17,7 @@ from lb.control.files import boot_id, read_decoded, run_id
 from lb.core.compose import Leaving, Observed, Record, compose
 from lb.core.ejection import EjectionRecord
 from lb.core.model import Balancer
+from lb.core.naming import Answer
 from lb.core.overrides import VERSION, Overrides, expired, settled
 from lb.core.table import Table
 from lb.core.wire import TABLE_NAME
@@ -50,7 +51,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     ejections: dict[str, dict[str, EjectionRecord]]
     """By `SERVICE/POOL`, then identity."""
     leaving: dict[str, Leaving]
-    addresses: dict[str, str]
+    answers: dict[str, Answer] = {}
+    """What names stand for."""
 
     def observed(self, now: float) -> Observed:
         out = {
@@ -59,7 +61,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
             for identity, record in records.items()
             if record.until is not None and record.until > now
         }
-        return Observed(records=self.records, ejected=frozenset(out), leaving=self.leaving, addresses=self.addresses)
+        return Observed(records=self.records, ejected=frozenset(out), leaving=self.leaving, answers=self.answers)
 
     def is_of(self, balancer: Balancer, generation: int) -> bool:
         """It is of the same run and generation of the service: of a controller that ours takes the place of."""

@@ -112,7 +112,7 @@ def _problems(controller: Controller, service: str, pool: str) -> list[str]:
     wanted = [one for one in members if one.standing.administrative is Administrative.READY]
     if not wanted:
         return ["it has no backends" if not members else "all its backends are drained"]
-    if not any(one.backend.weight for one in wanted):
+    if not any(one.weight for one in wanted):
         return ["all its backends have weight 0"]
     return [
         f"{one.backend.name} is {'ejected' if one.standing.is_ejected else one.standing.health.value}"

@@ -144,6 +144,8 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     received_bytes: int
     last_check: str
     """`passed in 2 ms`, `connection refused`, `status 503`; empty where it has none."""
+    agent: str = ""
+    """`drain 50% (backup runs)`, `no answer: connection refused`; empty where it has none, or it never answered."""
     since_seconds: float
     """How long it has been in this state."""
     override: str
@@ -173,6 +175,17 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The revision of the table that it has."""
 
 
+class NameStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a name that backends are called by."""
+
+    addresses: tuple[str, ...]
+    """Of the last good answer."""
+    age_seconds: float | None
+    """Of that answer; None: there was none yet."""
+    error: str
+    """Why the latest lookup failed; empty: it did not."""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     generation: int
@@ -181,3 +194,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     is_durable: bool
     services: dict[str, ServiceStatus]
     relays: tuple[RelayStatus, ...]
+    names: dict[str, NameStatus] = {}
+    """By the address as it is configured."""

@@ -8,6 +8,8 @@ import msgspec
 
 AlgorithmName = Literal["roundrobin", "leastconn", "random", "source"]
 SendProxy = Literal["off", "v1", "v2"]
+CheckType = Literal["tcp", "http", "tls", "agent", "command"]
+Family = Literal["ipv4", "ipv6", "both"]
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,7 +27,9 @@ class Backend(msgspec.Struct, frozen=True, kw_only=True):
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """How health is asked for."""
 
-    type: Literal["tcp", "http"] = "tcp"
+    type: CheckType = "tcp"
+    address: str | None = None
+    """Whom to ask: another one than the backend itself. Numeric, without a port."""
     method: str = "GET"
     path: str = "/"
     host: str | None = None
@@ -35,6 +39,22 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     """Must be found in the body."""
     port: int | None = None
     """Another one than that of the connections."""
+    tls: bool = False
+    """http: over TLS."""
+    verify: bool = True
+    """Of TLS: the certificate is of `sni`, and somebody who is trusted says so."""
+    ca: str | None = None
+    """The file of those who are trusted; None: whom the machine trusts."""
+    sni: str | None = None
+    """None: `host`, the name of the backend, its address."""
+    send: str | None = None
+    """agent: what it is sent first."""
+    command: tuple[str, ...] = ()
+    """command: a program and its arguments, which no shell looks at."""
+    warm_up: tuple[str, ...] = ()
+    """http: paths that are asked for, in order, before a backend that comes up gets its first connection."""
+    warm_up_timeout_seconds: float = 10.0
+    """For each of them."""
     interval_seconds: float = 2.0
     fast_interval_seconds: float | None = None
     """While the state is changing; None: a quarter of the interval."""
@@ -93,7 +113,19 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     are refused."""
     timeouts: Timeouts = Timeouts()
     check: Check | None = None
+    """Of type agent: nothing goes to a backend before its agent has spoken."""
+    agent: Check | None = None
+    """Of type agent: asked beside the check."""
     ejection: Ejection = Ejection()
+
+    @property
+    def health_check(self) -> Check | None:
+        """What passes or fails."""
+        return None if self.check is not None and self.check.type == "agent" else self.check
+
+    @property
+    def agent_check(self) -> Check | None:
+        return self.check if self.check is not None and self.check.type == "agent" else self.agent
 
 
 class Balancer(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +142,10 @@ class Balancer(msgspec.Struct, frozen=True, kw_only=True):
     """When the service stops: how long `/readyz` says no before nothing is accepted any more."""
     freebind: bool = False
     access_log: bool = False
+    resolve_interval_seconds: float = 10.0
+    """Backends that are called by a name: so often the name is looked up."""
+    resolve_family: Family = "ipv4"
+    """Addresses of the other family count only where a name has none of this one."""
     services: tuple[Service, ...]
     typed: tuple[str, ...] = ()
     """Fields of this table that the command line said, which win over the file's as long as the service runs."""

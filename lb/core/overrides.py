@@ -32,7 +32,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StateChange(Change, frozen=True):
-    state: Literal["drain", "maint"]
+    state: Literal["ready", "drain", "maint"]
+    """`ready`: although its agent says otherwise."""
     closing_at: float | None = None
     """From then on what is left is closed."""
 

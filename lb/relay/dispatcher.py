@@ -64,7 +64,7 @@ class Dispatcher:
         if tried:
             usable = [one for one in usable if one not in tried] or _backups(self._pools[pool], tried)
         if not usable:
-            if tried or not any(_is_awaited(one) for one in self._pools[pool]):
+            if tried or not any(one.endpoint.is_awaited for one in self._pools[pool]):
                 raise Nobody
             return None
         algorithm = self._algorithms.get(pool)
@@ -76,11 +76,6 @@ class Dispatcher:
                 return chosen
             usable = [one for one in usable if one is not chosen]
         return None
-
-    def addresses_changed(self) -> None:
-        """A name was looked up."""
-        self._usable = {name: _usable(pool) for name, pool in self._pools.items()}
-        self.wake()
 
     def wake(self) -> None:
         """A place was given back, or the table is new: who waits tries, in order, until one has to wait on."""
@@ -133,9 +128,3 @@ def _backups(pool: list[Target], tried: Collection[Target]) -> list[Target]:
 
 def _may_get(endpoint: Endpoint) -> bool:
     return endpoint.is_eligible and endpoint.weight > 0
-
-
-def _is_awaited(target: Target) -> bool:
-    """Something that is not known yet may make it usable: its first check, or its address."""
-    endpoint = target.endpoint
-    return endpoint.is_awaited or (_may_get(endpoint) and target.address is None)

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -87,8 +87,6 @@ class Engine:
         self.table = table
         self.connections = 0
         """Relayed now."""
-        self.look_up: Callable[[Target], None] = lambda target: None
-        """Called for each backend that is called by a name, until it has an address."""
         self.take(table)
 
     # --- the table --------------------------------------------------------------------------------------------------
@@ -107,17 +105,10 @@ class Engine:
         for attempt in list(self._attempts):
             attempt.table_changed()
         for target in self._targets:
-            if target.address is None:
-                self.look_up(target)
             self._begin_closing(target)
         self._targets.drop_unused()
         for service in self._services.values():
             service.dispatcher.wake()
-
-    def addresses_changed(self) -> None:
-        """Names were looked up."""
-        for service in self._services.values():
-            service.dispatcher.addresses_changed()
 
     @property
     def waiting(self) -> int:

@@ -38,7 +38,7 @@ class Target:
         if self._column is None:
             _LOG.warning("%s: is counted by each relay worker alone: more than %d backends", endpoint.identity, COLUMNS)
         self.address: Address | None = None
-        """None: its name has no address yet."""
+        """None: its name has no address yet, and it is never eligible."""
         self.relays: set[Relay] = set()
         self.has_failed = False
         """Its last attempt of ours failed."""
@@ -107,7 +107,7 @@ class Targets:
 
 
 def numeric_address(text: str) -> Address | None:
-    """Of HOST:PORT, [V6%ZONE]:PORT or unix:PATH; None for a name, which must be looked up."""
+    """Of HOST:PORT, [V6%ZONE]:PORT or unix:PATH; None for a name."""
     bind = parse_bind(text)
     if bind.kind == "unix":
         return socket.AF_UNIX, bind.path
@@ -119,13 +119,6 @@ def numeric_address(text: str) -> Address | None:
     if version == 4:
         return socket.AF_INET, (host, bind.port)
     return socket.AF_INET6, (host, bind.port, 0, _scope(zone))
-
-
-def look_up(text: str) -> Address:
-    """Blocks. The first address of a name. Raises OSError."""
-    bind = parse_bind(text)
-    family, _, _, _, address = socket.getaddrinfo(bind.host, bind.port, type=socket.SOCK_STREAM)[0]
-    return family, address  # type: ignore[return-value]  # typeshed allows for Python without IPv6
 
 
 def _scope(zone: str) -> int:

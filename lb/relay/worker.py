@@ -25,7 +25,6 @@ from lb.relay.engine import Engine
 from lb.relay.link import Link
 from lb.relay.loop import READ, Loop
 from lb.relay.moving import RETRY_SECONDS, Moving
-from lb.relay.names import Names
 
 SPREAD_SECONDS = 5.0
 """What is left near the deadline of a drain is closed over so long, and not in one storm."""
@@ -89,8 +88,6 @@ class RelayWorker:
             on_older=lambda: self.engine.take(first_table()),
         )
         self.engine = Engine(self._loop, page, table, self._link, self._log)
-        resolver = Names(self._loop, self.engine.addresses_changed)
-        self.engine.look_up = resolver.ask
         self._moving = Moving(worker, self.engine, self._loop)
         self._link.open()
 

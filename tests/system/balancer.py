@@ -60,11 +60,11 @@ asyncio.run(main())
 class HttpBackend:
     """An HTTP server that answers `NAME PATH`; `/health` fails while there is a file NAME.sick. Owns its process."""
 
-    def __init__(self, directory: Path, name: str, port: int = 0) -> None:
+    def __init__(self, directory: Path, name: str, port: int = 0, host: str = "127.0.0.1") -> None:
         self.directory, self.name = directory, name
-        listener = socket.create_server(("127.0.0.1", port), backlog=1000)
+        listener = socket.create_server((host, port), backlog=1000)
         self.port: int = listener.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"{host}:{self.port}"
         with listener:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVER, name, str(listener.fileno())],

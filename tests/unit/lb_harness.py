@@ -15,6 +15,7 @@ import msgspec
 from handoff import AsyncWorker
 from lb.config import parse_config
 from lb.control.main import main
+from lb.control.resolver import Resolver
 from lb.core.model import Balancer
 from lb.core.table import Endpoint, Table
 from lb.core.wire import PAGE_NAME, SOCKET_NAME, Frames, FromRelay, Hello, Taken, decode_table, frame
@@ -51,11 +52,11 @@ class FakeWorker:
 class Running:
     """One controller. `kill` ends it as SIGKILL would: nothing is said, nothing written."""
 
-    def __init__(self, worker: FakeWorker, directory: Path) -> None:
+    def __init__(self, worker: FakeWorker, directory: Path, resolver: Resolver | None = None) -> None:
         self.worker = worker
         self.directory = directory
         os.environ["HANDOFF_RUNTIME_DIRECTORY"] = str(directory)
-        self.task = asyncio.ensure_future(main(cast("AsyncWorker", worker)))
+        self.task = asyncio.ensure_future(main(cast("AsyncWorker", worker), resolver))
 
     async def until_ready(self) -> None:
         waiting = asyncio.ensure_future(self.worker.is_ready.wait())
@@ -73,12 +74,12 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def controller(
-    text: str, tmp_path: Path, generation: int = 1, **listeners: socket.socket
+    text: str, tmp_path: Path, generation: int = 1, resolver: Resolver | None = None, **listeners: socket.socket
 ) -> AsyncIterator[Running]:
     directory = tmp_path / "run"
     directory.mkdir(exist_ok=True)
     worker = FakeWorker(parse_config(text, "lb.toml"), tmp_path / "state", generation, **listeners)
-    running = Running(worker, directory)
+    running = Running(worker, directory, resolver)
     await running.until_ready()
     try:
         yield running
@@ -191,7 +192,8 @@ async def backend(handler: Handler | None = None, path: Path | None = None, port
         yield server.sockets[0].getsockname()[1] if path is None else 0
     finally:
         server.close()
-        await asyncio.sleep(0)  # what was accepted just now gets its task
+        for _ in range(10):
+            await asyncio.sleep(0)  # what was accepted just now gets its transport, and its task
         for writer in present.values():
             writer.transport.abort()
         while present:

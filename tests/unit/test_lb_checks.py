@@ -12,11 +12,9 @@ import msgspec
 import pytest
 
 from handoff.core.proxy_protocol import LOCAL_V2
-from lb.control import checker as checker_module
-from lb.control import names as names_module
-from lb.control.checker import Checker, Task
+from lb.control.checker import Checker
 from lb.control.checks import MAXIMUM_BODY_BYTES, Result, check_backend
-from lb.control.names import Names, is_called_by_name
+from lb.control.probes import Task
 from lb.core.model import Check, SendProxy
 from lb.core.standing import Outcome
 from tests.unit.lb_harness import SECONDS, Handler, backend, closed_port, run
@@ -188,32 +186,41 @@ class Seen:
                 await self.changed.wait()
 
 
-def test_all_unknown_are_checked_at_once_but_no_more_than_so_many_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checker_module, "MAXIMUM_AT_ONCE", 4)
+async def ask(task: Task, identities: frozenset[str]) -> dict[str, Result]:
+    result = await check_backend(task.check, task.address, task.send_proxy)
+    return dict.fromkeys(identities, result)
 
+
+def checker_of(tasks: asyncio.TaskGroup, seen: Seen) -> Checker[Task, Result]:
+    return Checker(tasks, ask, seen.on_result, seen.changing.__contains__)
+
+
+def test_all_unknown_are_checked_at_once() -> None:
     async def test() -> None:
-        together, most, release = 0, 0, asyncio.Event()
+        together, all_there = 0, asyncio.Event()
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal together, most
+            nonlocal together
             together += 1
-            most = max(most, together)
-            if most == 4:
-                release.set()
-            await release.wait()
+            if together == 12:
+                all_there.set()
+            await all_there.wait()
             await reader.readuntil(b"\r\n\r\n")
-            together -= 1
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
 
         seen = Seen()
         seen.changing = {f"b{number}" for number in range(12)}
         async with backend(handle) as port, asyncio.TaskGroup() as tasks:
-            checker = Checker(tasks, seen.on_result, seen.changing.__contains__)
-            task = Task(check=changed(HTTP, interval_seconds=1000.0), address=f"127.0.0.1:{port}", send_proxy="off")
-            checker.check_only(dict.fromkeys(seen.changing, task))
+            checker = checker_of(tasks, seen)
+            check = changed(HTTP, interval_seconds=1000.0)
+            checker.check_only(
+                {
+                    one: Task(check=check, address=f"127.0.0.1:{port}", typed=one, send_proxy="off")
+                    for one in seen.changing
+                }
+            )
             await seen.until(12)
             checker.check_only({})
-        assert most == 4
         assert {identity for identity, _ in seen.results} == seen.changing
 
     run(test)
@@ -223,10 +230,9 @@ def test_who_is_reported_is_checked_before_its_time_and_who_is_not_wanted_no_mor
     async def test() -> None:
         seen = Seen()
         async with backend() as port, asyncio.TaskGroup() as tasks:
-            checker = Checker(tasks, seen.on_result, lambda identity: False)
+            checker = checker_of(tasks, seen)
             check = Check(interval_seconds=100_000.0, fast_interval_seconds=0.01)
-            task = Task(check=check, address=f"127.0.0.1:{port}", send_proxy="off")
-            checker.check_only({"known": task})
+            checker.check_only({"known": Task(check=check, address=f"127.0.0.1:{port}")})
             await asyncio.sleep(0)
             checker.hurry("known")
             await seen.until(1)
@@ -245,9 +251,9 @@ def test_while_the_state_is_changing_checks_come_faster() -> None:
         seen = Seen()
         seen.changing = {"new"}
         async with backend() as port, asyncio.TaskGroup() as tasks:
-            checker = Checker(tasks, seen.on_result, seen.changing.__contains__)
+            checker = checker_of(tasks, seen)
             check = Check(interval_seconds=100_000.0, fast_interval_seconds=0.01)
-            checker.check_only({"new": Task(check=check, address=f"127.0.0.1:{port}", send_proxy="off")})
+            checker.check_only({"new": Task(check=check, address=f"127.0.0.1:{port}")})
             await seen.until(3)
             checker.check_only({})
         assert len(seen.results) >= 3
@@ -255,45 +261,32 @@ def test_while_the_state_is_changing_checks_come_faster() -> None:
     run(test)
 
 
-def test_names_are_asked_for_and_the_last_good_answer_is_kept(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(names_module, "INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr(names_module, "RETRY_SECONDS", 0.0)
-
+def test_who_wants_the_same_shares_one_round_of_asking_and_who_comes_later_is_asked_at_once() -> None:
     async def test() -> None:
-        answers: list[list[str] | Exception] = [["10.0.0.1", "10.0.0.2"], ["10.0.0.2", "10.0.0.1"]]
-        answers += [socket.gaierror(-3, "try again"), ["10.0.0.2"], ["fe80::1"]]
-        done = asyncio.Event()
+        rounds: list[frozenset[str]] = []
+        release = asyncio.Event()
 
-        async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
-            assert host == "db.example"
-            if not answers:
-                done.set()
-                await asyncio.Event().wait()
-            answer = answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return [(0, 0, 0, "", (one, port)) for one in answer]
+        async def slow(task: Task, identities: frozenset[str]) -> dict[str, Result]:
+            rounds.append(identities)
+            if len(rounds) == 1:
+                await release.wait()
+            return dict.fromkeys(identities, Result(Outcome.PASSED, "", 0.0))
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-        found: list[tuple[str, str]] = []
-        async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as tasks:
-            names = Names(tasks, lambda typed, address: found.append((typed, address)))
-            names.ask_only(["db.example:5432", "10.0.0.9:80", "unix:/run/db.sock"])
-            await done.wait()
-            names.ask_only([])
-        typed = "db.example:5432"
-        assert found == [(typed, "10.0.0.1:5432"), (typed, "10.0.0.2:5432"), (typed, "[fe80::1]:5432")]
-        assert "its name is not known" in caplog.text
-        assert "; still 10.0.0.1:5432" in caplog.text
+        seen = Seen()
+        seen.changing = {"shop", "api", "late"}
+        task = Task(check=Check(interval_seconds=100_000.0, fast_interval_seconds=100_000.0), address="10.0.0.1:80")
+        async with asyncio.TaskGroup() as tasks:
+            checker = Checker(tasks, slow, seen.on_result, seen.changing.__contains__)
+            checker.check_only({"shop": task, "api": task})
+            while not rounds:  # noqa: ASYNC110  turns of the loop
+                await asyncio.sleep(0)
+            checker.check_only({"shop": task, "late": task})
+            release.set()
+            await seen.until(3)
+            checker.check_only({})
+        assert rounds == [frozenset({"shop", "api"}), frozenset({"shop", "late"})]
+        # What was asked before somebody came says nothing of it, and who has left is not told.
+        assert seen.results[0][0] == "shop"
+        assert sorted(identity for identity, _ in seen.results[1:]) == ["late", "shop"]
 
     run(test)
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [("localhost:80", True), ("127.0.0.1:80", False), ("[::1]:80", False), ("unix:/x", False)],
-)
-def test_what_is_a_name(address: str, expected: bool) -> None:
-    assert is_called_by_name(address) is expected

@@ -7,8 +7,10 @@ import itertools
 import msgspec
 import pytest
 
+from lb.core.agent import Said, parse
 from lb.core.compose import Leaving, Observed, Record, compose, recorded
 from lb.core.model import Backend, Balancer, Check, Service, Timeouts
+from lb.core.naming import Answer
 from lb.core.overrides import Overrides, ServiceOverride, Shares, StateChange, WeightChange
 from lb.core.standing import Administrative, CheckedHealth, Health, Standing
 from lb.core.table import Closing, Endpoint, Table
@@ -137,11 +139,86 @@ def test_who_leaves_stays_in_the_table_also_of_a_pool_that_is_gone() -> None:
     assert table(service(), seen).routes["shop"].pools["red"] == (left,)
 
 
-def test_a_name_is_the_address_that_it_stands_for() -> None:
-    named = service(pools={"blue": (Backend(name="b1", address="db.example:80"),)})
-    seen = Observed(addresses={"db.example:80": "10.0.0.1:80"})
+def test_a_name_is_as_many_backends_as_it_has_addresses() -> None:
+    named = service(pools={"blue": (Backend(name="b1", address="db.example:80", weight=3),)})
+    answer = Answer(addresses=("10.0.0.1:80", "10.0.0.2:80"), at=1.0, error="try again")
+    up = Record(checked=CheckedHealth(Health.UP))
+    seen = Observed(answers={"db.example:80": answer}, records={identity("b1"): up})
+    first, second = table(named, seen).routes["shop"].pools["blue"]
+    assert (first.name, first.address, first.identity) == ("b1@10.0.0.1:80", "10.0.0.1:80", identity("b1"))
+    assert (second.name, second.identity) == ("b1@10.0.0.2:80", "shop/blue/b1@10.0.0.2:80#1")
+    assert (first.is_eligible, second.is_eligible, second.is_awaited) == (True, False, True)
+    assert (first.weight, second.weight) == (3.0, 3.0)
+    drained = Overrides(states={"shop/blue/b1": state(Administrative.DRAIN)})
+    assert [one.is_eligible for one in table(named, seen, drained).routes["shop"].pools["blue"]] == [False, False]
+
+
+def test_a_name_without_an_answer_is_awaited_until_asking_has_failed_and_never_eligible() -> None:
+    backends = (Backend(name="b1", address="db.example:80"), Backend(name="b2", address="10.0.0.2:80"))
+    named = service(pools={"blue": backends}, panic_percent=100)
+    seen = observed(b2=Health.DOWN)
     one = endpoint(table(named, seen), "b1")
-    assert (one.address, one.identity) == ("10.0.0.1:80", identity("b1"))
+    assert (one.address, one.is_eligible, one.is_awaited) == ("db.example:80", False, True)
+    failed = msgspec.structs.replace(seen, answers={"db.example:80": Answer(error="not known")})
+    made = table(named, failed)
+    assert (endpoint(made, "b1").is_eligible, endpoint(made, "b1").is_awaited) == (False, False)
+    assert endpoint(made, "b2").is_eligible, "panic: it does not wait for a name"
+
+
+def said(line: str) -> Said:
+    return parse(line)
+
+
+@pytest.mark.parametrize("checked", list(Health))
+@pytest.mark.parametrize("words", [None, "up", "down", "ready", "50%"])
+@pytest.mark.parametrize("kind", ["check", "agent", "both", "neither"])
+def test_health_by_checks_and_by_an_agent(kind: str, words: str | None, checked: Health) -> None:
+    agent = Check(type="agent", port=9)
+    one = service(
+        check={"check": Check(), "both": Check(), "agent": agent}.get(kind), agent=agent if kind == "both" else None
+    )
+    record = Record(checked=CheckedHealth(checked), said=None if words is None else said(words))
+    made = endpoint(table(one, Observed(records={identity("b1"): record})), "b1")
+    counts = kind in ("agent", "both")
+    expected = {"check": checked, "both": checked, "neither": Health.UP}.get(kind)
+    if kind == "agent":
+        expected = Health.UNKNOWN if words is None else Health.UP
+    if counts and words == "down":
+        expected = Health.DOWN
+    assert made.is_eligible is (expected is Health.UP)
+    assert made.is_awaited is (expected is Health.UNKNOWN)
+    assert made.weight == (0.5 if counts and words == "50%" else 1.0)
+
+
+AGENTS = service(agent=Check(type="agent", port=9))
+
+
+def with_words(words: str, overrides: Overrides | None = None) -> Endpoint:
+    record = Record(checked=CheckedHealth(Health.UP), said=said(words))
+    return endpoint(table(AGENTS, Observed(records={identity("b1"): record}), overrides), "b1")
+
+
+@pytest.mark.parametrize("words", ["drain", "maint"])
+def test_what_an_agent_wants_sends_nothing_new_and_closes_nothing(words: str) -> None:
+    one = with_words(words)
+    assert (one.is_eligible, one.is_awaited, one.closing) == (False, False, None)
+
+
+def test_what_people_want_wins_over_what_the_agent_wants() -> None:
+    forced = StateChange(state="ready", at=1.0)
+    assert with_words("drain", Overrides(states={"shop/blue/b1": forced})).is_eligible
+    drained = Overrides(states={"shop/blue/b1": state(Administrative.DRAIN)})
+    assert not with_words("ready up 100%", drained).is_eligible
+    heavier = Overrides(weights={"shop/blue/b1": WeightChange(weight=7, at=1.0)})
+    assert with_words("10%", heavier).weight == 7.0
+    assert not with_words("down", Overrides(states={"shop/blue/b1": forced})).is_eligible
+
+
+def test_an_agent_sets_weight_and_maxconn() -> None:
+    one = with_words("50% maxconn:30")
+    assert (one.weight, one.maxconn) == (0.5, 30)
+    assert with_words("0%").weight == 0.0
+    assert with_words("99999%").weight == 256.0
 
 
 def test_a_backend_starts_slowly_when_it_is_new_or_comes_back_but_not_at_the_start_of_all() -> None:

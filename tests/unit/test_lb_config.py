@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from handoff.errors import UsageError
+from lb.check_files import refuse_missing
 from lb.config import parse_config
 from lb.core.model import Backend, Balancer, Check, Service, Timeouts
 from lb.positions import Positions
@@ -139,3 +142,120 @@ def test_positions_know_arrays_of_tables_and_quoted_keys() -> None:
     assert positions.line(("a", 1, "b.c", "z")) == 8
     assert positions.line(("a", 1, "gone")) == 5
     assert positions.line(("gone",)) is None
+
+
+CHECKS = """
+[check.web]
+type = "http"
+tls = true
+ca = "ca.pem"
+sni = "shop.example"
+warm_up = ["/", "/cart"]
+[check.words]
+type = "agent"
+port = 9000
+send = "b1\\n"
+[[service]]
+name = "shop"
+listen = "127.0.0.1:8080"
+check = "web"
+agent = "words"
+[service.pool.main]
+backends = ["app.internal:8000"]
+[[service]]
+name = "api"
+listen = "127.0.0.1:8081"
+check = "web"
+[service.agent]
+port = 9001
+address = "127.0.0.1"
+[service.pool.main]
+backends = ["unix:/run/api.sock"]
+[[service]]
+name = "db"
+listen = "127.0.0.1:5432"
+[service.check]
+type = "command"
+command = ["check-db", "--fast"]
+[service.pool.main]
+backends = []
+[[service]]
+name = "own"
+listen = "127.0.0.1:5433"
+[service.check]
+type = "agent"
+port = 9002
+[service.pool.main]
+backends = []
+"""
+
+
+def test_checks_are_shared_by_name_and_agents_stand_beside_them() -> None:
+    shop, api, db, own = parse_config(CHECKS, "lb.toml").services
+    web = Check(type="http", tls=True, ca="ca.pem", sni="shop.example", warm_up=("/", "/cart"))
+    words = Check(type="agent", port=9000, send="b1\n")
+    assert (shop.check, shop.agent, api.check) == (web, words, web)
+    assert api.agent == Check(type="agent", port=9001, address="127.0.0.1")
+    assert db.check == Check(type="command", command=("check-db", "--fast"))
+    assert (own.health_check, own.agent_check) == (None, Check(type="agent", port=9002))
+    assert (shop.health_check, shop.agent_check) == (web, words)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("[check.web]", "[check.wep]", "line 15: check: there is no [check.web]; did you mean wep?"),
+        ("[check.web]", '[check."a b"]', 'line 2: "a b" is no name of a check'),
+        ("[check.web]", "[chek.web]", 'line 2: "chek" is no key that is known here; did you mean "check"?'),
+        ("tls = true\n", "", "line 4: ca: goes with tls = true"),
+        ('sni = "shop.example"', "verify = false", "line 5: ca is of no use with verify = false"),
+        ('sni = "shop.example"', "rise = 0", "line 6: rise: 0: expected a whole number from 1 to 100"),
+        ('["/", "/cart"]', '["/", "cart"]', 'line 7: warm_up: ["/", "cart"]: expected a list of paths'),
+        ('["/", "/cart"]', "[]", "line 7: warm_up: []: expected a list of paths that begin with /, 1 to 64"),
+        ('warm_up = ["/", "/cart"]', 'warm_up_timeout = "1s"', "line 7: warm_up_timeout: goes with warm_up"),
+        ("port = 9000\n", "", 'line 8: port is missing; a check of type "agent" needs it'),
+        ('send = "b1\\n"', "rise = 2", "line 11: rise: goes with type = "),
+        ('agent = "words"', 'agent = "web"', 'line 16: agent is of type "http"; expected "agent"'),
+        ('address = "127.0.0.1"', 'address = "localhost"', 'line 25: address: "localhost": expected an IP address'),
+        ('address = "127.0.0.1"\n', "", "line 26: unix:/run/api.sock: has no agent, which is asked over TCP"),
+        ('address = "127.0.0.1"', 'path = "/"', 'line 25: "path" is no key that is known here'),
+        ('type = "command"\n', "", 'line 32: command: goes with type = "command"; this check is of type "tcp"'),
+        ('["check-db", "--fast"]', '"check-db --fast"', 'line 33: command: "check-db --fast": expected a list of a'),
+        ('["check-db", "--fast"]', '[""]', 'line 33: command: [""]: expected a list of a program'),
+        ("port = 9002", "port = 9002\n[service.agent]\nport = 1", "line 42: agent is there twice: the check is an"),
+        ('type = "http"', 'type = "https"', 'line 3: type: "https": expected "tcp" or "http" or "tls" or "agent"'),
+    ],
+)
+def test_each_mistake_in_a_check_is_told_with_its_line(old: str, new: str, problem: str) -> None:
+    assert old in CHECKS
+    with pytest.raises(UsageError) as caught:
+        parse_config(CHECKS.replace(old, new, 1), "lb.toml")
+    assert caught.value.message.startswith(f"lb.toml: {problem}"), caught.value.message
+    assert caught.value.message.isprintable()
+
+
+def test_files_that_checks_need_are_looked_for(tmp_path: Path) -> None:
+    program = tmp_path / "check"
+    program.write_text("#!/bin/sh\n")
+    (tmp_path / "bad.pem").write_text("no certificate")
+
+    def problem_of(check: Check) -> str:
+        service = Service(name="shop", listen=(":80",), pools={"main": ()}, active="main", check=check)
+        try:
+            refuse_missing(Balancer(name="edge", services=(service,)), "lb.toml", str(tmp_path))
+        except UsageError as error:
+            return error.message
+        return ""
+
+    def tls(ca: str) -> Check:
+        return Check(type="tls", ca=ca)
+
+    def command(name: str) -> Check:
+        return Check(type="command", command=(name, "x"))
+
+    assert problem_of(tls("ca.pem")).startswith("lb.toml: service shop: ca ca.pem: No such file or directory; give")
+    assert problem_of(tls("bad.pem")).startswith("lb.toml: service shop: ca bad.pem: holds no certificate; give")
+    assert problem_of(command("./check")).startswith("lb.toml: service shop: command ./check: there is no such program")
+    assert "command no-such-program-anywhere: there is no" in problem_of(command("no-such-program-anywhere"))
+    program.chmod(0o755)
+    assert problem_of(command("./check")) == problem_of(command("sh")) == ""

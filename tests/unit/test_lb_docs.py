@@ -29,6 +29,7 @@ TABLES: list[tuple[str, dict[str, tuple[str, config.Read]], type[msgspec.Struct]
     ("`backends`", config._BACKEND, Backend, {"name"}),
     ("`[service.timeouts]`", config._TIMEOUTS, Timeouts, set()),
     ("`[service.check]`", config._CHECK, Check, set()),
+    ("`[service.agent]`", config._AGENT, Check, {"type"}),
     ("`[service.ejection]`", config._EJECTION, Ejection, set()),
 ]
 """Heading; keys; the fields' defaults; keys whose default is told in words."""
@@ -129,5 +130,9 @@ def test_the_commands_of_the_example_are_taken() -> None:
 
 
 def test_the_file_in_the_document_is_good() -> None:
-    (text,) = [block for language, block in FENCE.findall(DOCUMENT.read_text()) if language == "toml"]
+    text, shared = [block for language, block in FENCE.findall(DOCUMENT.read_text()) if language == "toml"]
     assert config.parse_config(text, "docs/balancer.md").name == "edge"
+    shared += 'listen = "127.0.0.1:8080"\npool.main.backends = ["app.internal:8000"]\n'
+    check = config.parse_config(shared, "docs/balancer.md").services[0].check
+    assert check is not None
+    assert check.path == "/health"

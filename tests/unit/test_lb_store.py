@@ -131,7 +131,7 @@ def memory(age_seconds: float = 0.0, boot: str | None = None, base: Balancer | N
         records={IDENTITY: Record(checked=CheckedHealth(Health.UP))},
         ejections={},
         leaving={},
-        addresses={},
+        answers={},
     )
 
 
