@@ -49,3 +49,50 @@ def test_streams_and_bulk_transfers_move_at_each_reload(directory: Path, count: 
             assert server.opened == STREAMS + 2, "nobody was connected anew"
             for echo in echoes:
                 echo.close()
+
+
+def test_relay_workers_share_connections_as_their_number_changes(directory: Path) -> None:
+    with StreamServer() as server, Balancer(directory, config({"main": [f'"{server.address}"']})) as service:
+        echoes = [Echo(("127.0.0.1", service.port)) for _ in range(STREAMS)]
+        for workers in (3, 1, 2):
+            assert service.ask({"type": "scale", "workers": workers})["exit_code"] == 0
+            even = [STREAMS // workers] * workers
+            wait_until(lambda wanted=even: relays(service) == wanted, f"{workers} have their share")  # type: ignore[misc]
+            for echo in echoes:
+                echo.ask()
+        assert server.opened == STREAMS
+        for echo in echoes:
+            echo.close()
+
+
+def test_who_waits_for_a_place_moves_and_gets_it(directory: Path) -> None:
+    with StreamServer() as server:
+        one = f'{{ name = "one", address = "{server.address}", maxconn = 1 }}'
+        with Balancer(directory, config({"main": [one]}, service='timeouts = { queue = "60s" }')) as service:
+            address = ("127.0.0.1", service.port)
+            first, second = Echo(address), Echo(address)
+            first.ask()
+            for _ in range(2):
+                assert service.ask({"type": "reload"})["exit_code"] == 0
+                wait_until(lambda: len(service.status()["generations"]) == 1, "no old process is left")
+                first.ask()
+            assert server.opened == 1
+            first.close()
+            second.ask()
+            second.close()
+
+
+def test_a_stop_ends_what_moves(directory: Path) -> None:
+    """The service stops while relays are on their way: every process ends, and every client sees an end."""
+    with StreamServer() as server:
+        text = "[balancer]\nrelays = 2\n" + config({"main": [f'"{server.address}"']})
+        with Balancer(directory, text, "--drain-timeout", "1s") as service:
+            echoes = [Echo(("127.0.0.1", service.port)) for _ in range(STREAMS)]
+            reloading = service.begin({"type": "reload"})
+            assert service.ask({"type": "stop"})["exit_code"] == 0
+            reloading.answer()
+            assert service.wait() == 0
+            for echo in echoes:
+                with pytest.raises((ConnectionError, EOFError)):
+                    echo.ask()
+                echo.close()
