@@ -38,6 +38,7 @@ HEADER_SECONDS = 5.0
 LOOK_SECONDS = 0.02
 """A connection that takes longer to make is worth a look at whether the client is still there."""
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_PENDING = errno.EINPROGRESS
 _OURS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN))
 """No fault of the backend: fds, memory or ports of ours; EAGAIN: a unix socket whose queue is full just now."""
 
@@ -258,9 +259,13 @@ class Attempt:
             if family != socket.AF_UNIX:
                 server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             failure = server.connect_ex(address)
+            if failure == _PENDING and target.is_local:  # it is done by now, and nobody has said so: ask
+                failure = server.connect_ex(address)
+                if failure == errno.EALREADY:
+                    failure = _PENDING
         except OSError as error:
             failure = error.errno or errno.EIO
-        if failure == errno.EINPROGRESS:
+        if failure == _PENDING:
             assert self._server is not None
             self._loop.watch(self._server.fileno(), WRITE, self._server_event)
             self._set_deadline(self._dispatcher.route.timeouts.connect_seconds, look_after=LOOK_SECONDS)

@@ -24,7 +24,18 @@ _LOG = logging.getLogger("handoff.lb")
 class Target:
     """One backend. Lives as long as a table has it, or a connection to it."""
 
-    __slots__ = ("_column", "_page", "address", "cells", "closing", "endpoint", "has_failed", "is_listed", "relays")
+    __slots__ = (
+        "_column",
+        "_page",
+        "address",
+        "cells",
+        "closing",
+        "endpoint",
+        "has_failed",
+        "is_listed",
+        "is_local",
+        "relays",
+    )
 
     def __init__(self, endpoint: Endpoint, page: Page) -> None:
         self.endpoint = endpoint
@@ -37,8 +48,10 @@ class Target:
             self.cells = page.cells(self._column)
         if self._column is None:
             _LOG.warning("%s: is counted by each relay worker alone: more than %d backends", endpoint.identity, COLUMNS)
-        self.address: Address | None = None
+        self.address = numeric_address(endpoint.address)
         """None: its name has no address yet, and it is never eligible."""
+        self.is_local = _is_loopback(self.address)
+        """Within this machine, where a connection is made while we ask for it."""
         self.relays: set[Relay] = set()
         self.has_failed = False
         """Its last attempt of ours failed."""
@@ -80,7 +93,6 @@ class Targets:
         target = self._known.get(endpoint.identity)
         if target is None:
             target = self._known[endpoint.identity] = Target(endpoint, self._page)
-            target.address = numeric_address(endpoint.address)
         target.endpoint = endpoint
         target.is_listed = True
         return target
@@ -90,7 +102,6 @@ class Targets:
         target = self._known.get(endpoint.identity)
         if target is None:
             target = self._known[endpoint.identity] = Target(endpoint, self._page)
-            target.address = numeric_address(endpoint.address)
             target.is_listed = False
         return target
 
@@ -119,6 +130,10 @@ def numeric_address(text: str) -> Address | None:
     if version == 4:
         return socket.AF_INET, (host, bind.port)
     return socket.AF_INET6, (host, bind.port, 0, _scope(zone))
+
+
+def _is_loopback(address: Address | None) -> bool:
+    return address is not None and address[0] != socket.AF_UNIX and ipaddress.ip_address(address[1][0]).is_loopback
 
 
 def _scope(zone: str) -> int:
