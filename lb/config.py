@@ -14,7 +14,8 @@ from handoff.durations import MAX_DURATION_SECONDS, parse_duration
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name, shown_value
 from lb.check_rules import OF_TYPE, refusal
-from lb.core.choice import ALGORITHMS, MAXIMUM_WEIGHT
+from lb.core.algorithms import ALGORITHMS
+from lb.core.choice import MAXIMUM_WEIGHT
 from lb.core.model import Backend, Balancer, Check, Ejection, Service, Timeouts
 from lb.positions import Path, Positions
 

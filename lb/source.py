@@ -11,7 +11,7 @@ import msgspec
 from handoff.env_file import read_small_file
 from handoff.errors import UsageError
 from lb.config import parse_config, read_table
-from lb.core.choice import ALGORITHMS
+from lb.core.algorithms import ALGORITHMS
 from lb.core.model import Balancer
 
 DEFAULT_FILE = "lb.toml"

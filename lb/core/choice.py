@@ -15,11 +15,15 @@ MAXIMUM_WEIGHT = 256
 
 
 class Candidate(NamedTuple):
-    """One backend as the algorithms see it. `identity` is its own for as long as it is configured."""
+    """One backend as the algorithms see it. `identity` is its own for as long as it is configured.
+
+    `seconds`: how long it takes to be connected to, lately; of use for `ewma`.
+    """
 
     identity: str
     weight: float = 1.0
     connections: int = 0
+    seconds: float = 0.0
 
 
 class Algorithm(Protocol):
@@ -70,14 +74,8 @@ class TwoChoices:
     """
 
     def choose(self, candidates: Sequence[Candidate], source: str, random: tuple[float, float]) -> Candidate | None:
-        present = [one for one in candidates if one.weight > 0]
-        if not present:
-            return None
-        first = _drawn(present, random[0])
-        rest = [one for one in present if one is not first]
-        if not rest:
-            return first
-        return min(first, _drawn(rest, random[1]), key=_load)
+        two = drawn_two(candidates, random)
+        return min(two, key=_load) if two else None
 
 
 class SourceHash:
@@ -93,14 +91,6 @@ class SourceHash:
         return max(present, key=lambda one: _score(client, one), default=None)
 
 
-ALGORITHMS: dict[str, type[RoundRobin] | type[LeastConnections] | type[TwoChoices] | type[SourceHash]] = {
-    "roundrobin": RoundRobin,
-    "leastconn": LeastConnections,
-    "random": TwoChoices,
-    "source": SourceHash,
-}
-
-
 def plain_address(text: str) -> str:
     """An address without its port's scope: a v4-mapped one counts as its IPv4 address; a zone is left out."""
     try:
@@ -109,6 +99,20 @@ def plain_address(text: str) -> str:
         return text
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped or address)
+
+
+def steady_name(identity: str) -> str:
+    """The part of an identity that is the same in every balancer, and after a removal and return."""
+    return identity.rpartition("#")[0] or identity
+
+
+def drawn_two(candidates: Sequence[Candidate], random: tuple[float, float]) -> list[Candidate]:
+    """By weight; fewer where there are not so many."""
+    present = [one for one in candidates if one.weight > 0]
+    if len(present) < 2:
+        return present
+    first = _drawn(present, random[0])
+    return [first, _drawn([one for one in present if one is not first], random[1])]
 
 
 def _load(one: Candidate) -> float:
@@ -126,6 +130,6 @@ def _drawn(present: Sequence[Candidate], random: float) -> Candidate:
 
 
 def _score(client: str, one: Candidate) -> float:
-    digest = hashlib.blake2b(f"{client}\0{one.identity}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{client}\0{steady_name(one.identity)}".encode(), digest_size=8).digest()
     uniform = (int.from_bytes(digest, "big") + 0.5) / 2**64
     return -one.weight / math.log(uniform)

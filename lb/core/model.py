@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-AlgorithmName = Literal["roundrobin", "leastconn", "random", "source"]
+AlgorithmName = Literal["roundrobin", "leastconn", "random", "source", "maglev", "ewma"]
 SendProxy = Literal["off", "v1", "v2"]
 CheckType = Literal["tcp", "http", "tls", "agent", "command"]
 Family = Literal["ipv4", "ipv6", "both"]

@@ -297,6 +297,8 @@ class Attempt:
                 self._set_deadline(min(RETRY_SECONDS, left))
             return True
         target.cells[FAILED] += 1
+        if self._dispatcher.measures:
+            target.latency.observe(self._dispatcher.route.timeouts.connect_seconds, self._loop.now)
         self._engine.connect_failed(target, os.strerror(failure).lower())
         self._tried += (target,)
         return self.is_over
@@ -308,6 +310,8 @@ class Attempt:
         self.due_at = self._target = self._server = None
         self.is_over = True
         target.cells[TOTAL] += 1
+        if self._dispatcher.measures:
+            target.latency.observe(self._loop.now - self._began_connecting, self._loop.now)
         target.cells[CONNECT_NANOSECONDS] += int((self._loop.now - self._began_connecting) * 1e9)
         self._engine.connected(self, Given(target, server, self._proxy_header() + self._first), self._dispatcher)
 

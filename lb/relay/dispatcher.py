@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection
+from functools import partial
 from random import Random
 from typing import Protocol
 
-from lb.core.choice import ALGORITHMS, Algorithm, Candidate
+from lb.core.algorithms import NEED_COUNTS, made
+from lb.core.choice import Algorithm, Candidate
 from lb.core.table import Endpoint, Route
 from lb.relay.targets import Target, Targets
 
@@ -42,12 +44,15 @@ class Dispatcher:
 
     def take(self, route: Route) -> None:
         """A new table."""
-        if route.algorithm != self.route.algorithm:
-            self._algorithms.clear()
+        if route.algorithm != self.route.algorithm or route.algorithm == "maglev":
+            self._algorithms.clear()  # maglev is for those backends that it was made for
         self.route = route
         self._pools = {name: [self._targets.get(one) for one in pool] for name, pool in route.pools.items()}
         self._usable = {name: _usable(pool) for name, pool in self._pools.items()}
-        self._needs_counts = route.algorithm in ("leastconn", "random")
+        self._needs_counts = route.algorithm in NEED_COUNTS
+        self._is_maglev = route.algorithm == "maglev"
+        self.measures = route.algorithm == "ewma"
+        """It is to be told how long connecting takes."""
 
     def allows(self, target: Target) -> bool:
         """Whether the present table would send a new connection there."""
@@ -69,7 +74,8 @@ class Dispatcher:
             return None
         algorithm = self._algorithms.get(pool)
         if algorithm is None:
-            algorithm = self._algorithms[pool] = ALGORITHMS[self.route.algorithm]()
+            everybody = partial(self._candidates, self._usable[pool], now)
+            algorithm = self._algorithms[pool] = made(self.route.algorithm, everybody)
         while usable:
             chosen = usable[0] if len(usable) == 1 else self._chosen(algorithm, usable, source, now)
             if chosen.take_place():
@@ -86,15 +92,21 @@ class Dispatcher:
                 return
 
     def _chosen(self, algorithm: Algorithm, usable: list[Target], source: str, now: float) -> Target:
-        candidates = [
-            Candidate(
-                one.endpoint.identity, self._weight(one.endpoint, now), one.connections if self._needs_counts else 0
-            )
-            for one in usable
-        ]
+        candidates = self._candidates(usable, now)
         found = algorithm.choose(candidates, source, (self._random.random(), self._random.random()))
         assert found is not None, "a usable backend has a weight"
         return usable[candidates.index(found)]
+
+    def _candidates(self, usable: list[Target], now: float) -> list[Candidate]:
+        return [
+            Candidate(
+                one.endpoint.identity,
+                one.endpoint.weight if self._is_maglev else self._weight(one.endpoint, now),
+                one.connections if self._needs_counts else 0,
+                one.latency.read(now) if self.measures else 0.0,
+            )
+            for one in usable
+        ]
 
     def _weight(self, endpoint: Endpoint, now: float) -> float:
         """In the slow start it grows from a tenth to the whole."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from handoff.addresses import parse_bind
+from lb.core.latency import PeakAverage
 from lb.core.table import Closing, Endpoint
 from lb.page import COLUMNS, CURRENT, FIELDS, Page, PageFull
 
@@ -34,6 +35,7 @@ class Target:
         "has_failed",
         "is_listed",
         "is_local",
+        "latency",
         "relays",
     )
 
@@ -52,6 +54,8 @@ class Target:
         """None: its name has no address yet, and it is never eligible."""
         self.is_local = _is_loopback(self.address)
         """Within this machine, where a connection is made while we ask for it."""
+        self.latency = PeakAverage()
+        """Of connecting to it; kept where the algorithm asks for it."""
         self.relays: set[Relay] = set()
         self.has_failed = False
         """Its last attempt of ours failed."""

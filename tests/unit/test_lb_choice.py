@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lb.core.choice import ALGORITHMS, Candidate, LeastConnections, RoundRobin, SourceHash, TwoChoices, plain_address
+from lb.core.algorithms import ALGORITHMS, made
+from lb.core.choice import Candidate, LeastConnections, RoundRobin, SourceHash, TwoChoices, plain_address
 
 CANDIDATES = st.lists(
     st.builds(Candidate, st.text("abcdef", min_size=1, max_size=4), st.floats(0, 256), st.integers(0, 50)),
@@ -24,7 +25,7 @@ RANDOM = st.tuples(st.floats(0, 0.999999), st.floats(0, 0.999999))
 def test_one_of_the_candidates_with_a_weight_is_chosen(
     name: str, candidates: list[Candidate], source: str, drawn: tuple[float, float]
 ) -> None:
-    chosen = ALGORITHMS[name]().choose(candidates, source, drawn)
+    chosen = made(name, lambda: candidates).choose(candidates, source, drawn)
     present = [one for one in candidates if one.weight > 0]
     assert (chosen in present) if present else (chosen is None)
 

@@ -558,7 +558,7 @@ def test_slow_start_gives_a_backend_that_came_back_less_at_first(rig: Rig) -> No
 @pytest.mark.parametrize(
     ("address", "is_local"), [("127.0.0.2:80", True), ("[::1]:80", True), ("192.0.2.1:80", False), ("unix:/x", False)]
 )
-def test_a_backend_on_this_machine_is_connected_before_connect_returns(rig: Rig, address: str, is_local: bool) -> None:
+def test_whether_a_backend_is_on_this_machine(rig: Rig, address: str, is_local: bool) -> None:
     rig.serve(endpoint(address))
     [target] = rig.engine._targets
     assert target.is_local == is_local
