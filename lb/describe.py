@@ -15,8 +15,8 @@ import msgspec
 
 from handoff.errors import HandoffError
 from lb.check_files import refuse_missing
-from lb.core.model import Balancer
-from lb.source import TYPED, Source, load, source_options
+from lb.core.model import TYPED, Balancer
+from lb.source import Source, load, source_options
 
 RELAY_APP = "lb.relay.worker:main"
 CONTROLLER_APP = "lb.control.main:main"

@@ -12,13 +12,11 @@ from handoff.env_file import read_small_file
 from handoff.errors import UsageError
 from lb.config import parse_config, read_table
 from lb.core.algorithms import ALGORITHMS
-from lb.core.model import Balancer
+from lb.core.model import TYPED, Balancer
 
 DEFAULT_FILE = "lb.toml"
 DEFAULT_NAME = "lb"
 DEFAULT_POOL = "main"
-TYPED = "command line"
-"""How what was typed is called in messages, where there is no file."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -118,6 +118,8 @@ class Worker(_Identity):
         self._mailbox = socket.socket(fileno=boot.mailbox_fd)
         self._mailbox.setblocking(False)
         self._reads_mailbox = False
+        self._is_crowded = False
+        """There was no room for the fds of another connection."""
         self._outbox = Outbox()
         self._full: list[socket.socket] = []
         """Writing ends that are watched for room."""
@@ -215,7 +217,8 @@ class Worker(_Identity):
     def adopted(self) -> list[tuple[list[socket.socket], bytes]]:
         """Connections that other workers handed over: sockets, non-blocking, which are yours now, and their states.
 
-        At most 16 at once: ask again when the worker is readable. A state is data, from a peer: check it. Never blocks.
+        At most 16 at once: ask again when the worker is readable; where fds have run out, now and then. A state is data,
+        from a peer: check it. Never blocks.
         """
         found: list[tuple[list[socket.socket], bytes]] = []
         for fds, state in self.adopted_fds():
@@ -236,7 +239,7 @@ class Worker(_Identity):
         found: list[tuple[list[int], bytes]] = []
         if self._reads_mailbox and self._link.is_draining and self._link.moves:
             self._stop_adopting()  # our replacement reads on, or the master
-        while self._reads_mailbox and len(found) < LETTERS_PER_TURN and has_headroom(self._mailbox.fileno()):
+        while self._reads_mailbox and len(found) < LETTERS_PER_TURN and self._has_room():
             try:
                 _, state, fds = receive_letter(self._mailbox)
             except BlockingIOError:
@@ -250,6 +253,14 @@ class Worker(_Identity):
             self._counters[ADOPTED] += 1
             found.append((fds, state))
         return found
+
+    def _has_room(self) -> bool:
+        """For the fds of one more. As long as there is none the mailbox makes nobody readable: it would stay so."""
+        has_room = has_headroom(self._mailbox.fileno())
+        if has_room == self._is_crowded:
+            self._is_crowded = not has_room
+            self._epoll.modify(self._mailbox, select.EPOLLIN if has_room else 0)
+        return has_room
 
     def _receivers_changed(self, message: Receivers, fds: list[int]) -> None:
         self._unwatch_full()

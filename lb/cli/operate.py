@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
 
 from handoff.cli.options import Duration
 from handoff.env_file import read_small_file
-from handoff.errors import ExitCode
-from lb.cli.client import send
+from handoff.errors import ExitCode, UsageError
+from handoff.run_directory import RunDirectory
+from lb.cli.client import ask_status, send
 from lb.cli.options import balancer_options, change_options, find_balancer, wait_options, waiting, who
 from lb.config import parse_config
 from lb.core.admin import Add, Apply, Drain, Maint, Ready, Remove, Request, Rollback, Switch, Weight
@@ -152,14 +154,27 @@ def rollback(service: str, wait: float, **of: Any) -> int:
 
 
 @click.command()
-@click.argument("file", default=DEFAULT_FILE)
+@click.argument("file", required=False)
 @balancer_options
-def apply(file: str, name: str | None, run_dir: str | None) -> int:
-    """Take up what FILE says about pools, servers, checks and timeouts, in place. A mistake in it changes nothing."""
+def apply(file: str | None, name: str | None, run_dir: str | None) -> int:
+    """Take up what FILE says about pools, servers, checks and timeouts, in place. A mistake in it changes nothing.
+
+    Without FILE: lb.toml in this directory, else the file that the balancer runs.
+    """
+    if file is None:
+        file = DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else _file_of(find_balancer(name, run_dir))
     text = read_small_file(file, file)
     balancer = parse_config(text, file)
     of = {"name": name or balancer.name, "run_dir": run_dir, "why": ""}
     return _change(Apply, of, text=text, shown=file)
+
+
+def _file_of(balancer: RunDirectory) -> str:
+    """What it runs. Raises UsageError."""
+    file = ask_status(balancer).file
+    if file is None:
+        raise UsageError(f"service {balancer.name}: runs what was typed, and no file; give FILE")
+    return file
 
 
 def _change(kind: type[Request], of: dict[str, Any], **values: Any) -> int:

@@ -15,9 +15,9 @@ from handoff.cli.run import run as run_service
 from handoff.config import load_settings
 from handoff.errors import ExitCode
 from handoff.resolve import clean_environment, make_launch
-from lb.core.model import Balancer
+from lb.core.model import TYPED, Balancer
 from lb.describe import describe
-from lb.source import DEFAULT_FILE, TYPED, Source, load, source_options, words
+from lb.source import DEFAULT_FILE, Source, load, source_options, words
 
 _PASSED = (
     *("run_dir", "label", "stop_timeout", "boot_timeout", "probation", "log_format"),

@@ -61,6 +61,8 @@ class Controller:
         resolver: Resolver | None = None,
     ) -> None:
         self.generation = generation
+        self.file: str | None = None
+        """What the service runs; None: what was typed."""
         self._resolver = resolver or Resolver()
         self.store, self.page, self.relays = store, page, relays
         self._directory = directory

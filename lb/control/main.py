@@ -15,7 +15,7 @@ from lb.control.relays import Relays
 from lb.control.resolver import Resolver
 from lb.control.server import AdminServer
 from lb.control.store import Store
-from lb.core.model import Balancer
+from lb.core.model import TYPED, Balancer
 from lb.core.wire import PAGE_NAME
 from lb.page import Page
 
@@ -37,6 +37,8 @@ async def main(worker: AsyncWorker, resolver: Resolver | None = None) -> None:
     controller = Controller(
         arguments.balancer, worker.generation, directory, Store(Path(arguments.state)), page, relays, resolver
     )
+    if arguments.shown != TYPED:
+        controller.file = arguments.shown
     server = AdminServer(Admin(controller), arguments.balancer, directory, worker.listeners)
     try:
         await relays.open()

@@ -45,6 +45,7 @@ def status_of(controller: Controller) -> Status:
         services=services,
         relays=relays,
         names=_names(controller),
+        file=controller.file,
     )
 
 

@@ -196,3 +196,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     relays: tuple[RelayStatus, ...]
     names: dict[str, NameStatus] = {}
     """By the address as it is configured."""
+    file: str | None = None
+    """What it runs, absolute; None: what was typed."""

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+TYPED = "command line"
+"""In place of a file's name, where there is none."""
 AlgorithmName = Literal["roundrobin", "leastconn", "random", "source", "maglev", "ewma"]
 SendProxy = Literal["off", "v1", "v2"]
 CheckType = Literal["tcp", "http", "tls", "agent", "command"]

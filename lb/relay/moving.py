@@ -74,6 +74,7 @@ class Moving:
             return
         self._loop.timers.call_at(self._loop.now + BALANCE_SECONDS, self._balance)
         self._uncount()
+        self.adopt_some()  # those that no fds were left for
         self._worker.connections = self._engine.connections
         surplus = self._worker.surplus()
         for _, relay in zip(range(surplus), self._engine.relays(), strict=False):

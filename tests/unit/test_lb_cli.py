@@ -195,6 +195,26 @@ def test_apply_sends_the_text_of_the_file_to_the_balancer_that_it_names(
     assert admin.asked == [("POST", "/v1/apply", Apply(text=text, shown="other.toml", who="ann"))]
 
 
+def test_apply_without_a_file_takes_that_of_the_directory_else_the_one_that_the_balancer_runs(
+    place: Path, admin: Admin, lb: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = FILE.replace("edge", "lb")
+    running = place / "elsewhere.toml"
+    running.write_text(text)
+    admin.answer = msgspec.structs.replace(STATUS, name="lb", file=str(running))
+    assert lb("apply") == 1  # the answer to the second request is a status as well
+    assert admin.asked[1] == ("POST", "/v1/apply", Apply(text=text, shown=str(running), who="ann"))
+    (place / "lb.toml").write_text(text)
+    admin.answer = Answer(exit_code=0, message="done")
+    assert lb("apply") == 0
+    assert admin.asked[2:] == [("POST", "/v1/apply", Apply(text=text, shown="lb.toml", who="ann"))]
+    (place / "lb.toml").unlink()
+    admin.answer = msgspec.structs.replace(STATUS, name="lb")
+    capfd.readouterr()
+    assert lb("apply") == 2
+    assert capfd.readouterr().err == "handoff: error: service lb: runs what was typed, and no file; give FILE\n"
+
+
 def test_a_file_with_a_mistake_is_not_sent(
     place: Path, admin: Admin, lb: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -251,3 +252,28 @@ def test_fds_that_are_no_sockets_are_adopted_as_fds(played: Played) -> None:
     os.close(writer)
     assert played.worker.adopted() == [], "no sockets"
     assert (played.counters[ADOPTED], played.counters[REFUSED]) == (1, 1)
+
+
+def test_without_fds_for_them_connections_wait_and_nothing_spins(
+    played: Played, connection: tuple[socket.socket, socket.socket]
+) -> None:
+    worker, (_, theirs) = played.worker, connection
+    send_letter(played.writer, RawState(), b"", [theirs.fileno()])
+    poll = select.poll()
+    poll.register(worker, select.POLLIN)
+    assert poll.poll(0) != []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 10, limits[1]))
+    try:
+        assert worker.adopted() == []
+        assert poll.poll(0) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    [([adopted], _)] = worker.adopted()
+    adopted.close()
+    send_letter(played.writer, RawState(), b"", [theirs.fileno()])
+    assert poll.poll(0) != [], "it is told of the next one"
+    [([adopted], _)] = worker.adopted()
+    adopted.close()
