@@ -217,8 +217,8 @@ class Worker(_Identity):
     def adopted(self) -> list[tuple[list[socket.socket], bytes]]:
         """Connections that other workers handed over: sockets, non-blocking, which are yours now, and their states.
 
-        At most 16 at once: ask again when the worker is readable; where fds have run out, now and then. A state is data,
-        from a peer: check it. Never blocks.
+        At most 16 at once: ask again when the worker is readable; where fds have run out, now and then. A state is
+        data, from a peer: check it. Never blocks.
         """
         found: list[tuple[list[socket.socket], bytes]] = []
         for fds, state in self.adopted_fds():
