@@ -22,6 +22,8 @@ REFUSED = 6
 """Connections that could not move, or could not be taken over."""
 HEARTBEAT = 7
 """Grows as long as the event loop turns."""
+ADOPTING = 8
+"""Not 0: what was read from the mailbox may not be in CONNECTIONS yet."""
 FIELDS = 16
 """Room for later fields."""
 

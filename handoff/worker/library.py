@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from handoff.core.messages import Boot, Opened, Ready, Receivers
 from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
-from handoff.counters import ADOPTED, CONNECTIONS, MOVED, REFUSED, WorkerCounters
+from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, MOVED, REFUSED, WorkerCounters
 from handoff.mailbox import Unreadable, receive_letter
 from handoff.rights import has_headroom
 from handoff.worker.accepting import stop_accepting
@@ -88,6 +88,7 @@ class _Identity:
     @connections.setter
     def connections(self, number: int) -> None:
         self._counters[CONNECTIONS] = number
+        self._counters[ADOPTING] = 0
 
     def _say_ready(self, adopts: bool) -> None:
         assert not self._is_ready, "ready() is for once"
@@ -154,6 +155,7 @@ class Worker(_Identity):
 
         Returns `draining`.
         """
+        self._counters[ADOPTING] = 0
         if self.draining:
             self._poll(0)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -196,8 +198,12 @@ class Worker(_Identity):
 
     @property
     def has_unread(self) -> bool:
-        """What was handed over, by us or by others, is not all adopted yet."""
-        return self._outbox.has_unread()
+        """What was handed over, by us or by others, is not all adopted and counted (`connections`, or the next
+        `wait`) by its receiver yet."""
+        # In this order: who reads a mailbox says so before.
+        return self._outbox.has_unread() or any(
+            self._all_counters.read(info.row, ADOPTING) for info in self._outbox.receivers
+        )
 
     def surplus(self) -> int:
         """How many connections are more than this worker's share, by the counts of all its siblings (`connections`).
@@ -206,7 +212,7 @@ class Worker(_Identity):
         Mostly 0, and always in a drain, in which everything is to be handed over.
         """
         self._given_to = []
-        if self.draining or not self._outbox.takes(RAW) or self._outbox.has_unread():
+        if self.draining or not self._outbox.takes(RAW) or self.has_unread:
             return 0
         counts = {info.row: self._all_counters.read(info.row, CONNECTIONS) for info in self._outbox.receivers}
         counts[self._boot.counters_row] = self.connections
@@ -239,6 +245,7 @@ class Worker(_Identity):
         found: list[tuple[list[int], bytes]] = []
         if self._reads_mailbox and self._link.is_draining and self._link.moves:
             self._stop_adopting()  # our replacement reads on, or the master
+        self._counters[ADOPTING] = int(self._reads_mailbox)
         while self._reads_mailbox and len(found) < LETTERS_PER_TURN and self._has_room():
             try:
                 _, state, fds = receive_letter(self._mailbox)
@@ -252,6 +259,7 @@ class Worker(_Identity):
                 continue
             self._counters[ADOPTED] += 1
             found.append((fds, state))
+        self._counters[ADOPTING] = int(bool(found))
         return found
 
     def _has_room(self) -> bool:

@@ -21,8 +21,9 @@ from lb.relay.targets import Target
 LETTERS_PER_TURN = 64
 RETRY_SECONDS = 0.02
 BALANCE_SECONDS = 0.2
-UNCOUNTED_SECONDS = 0.5
-"""So long, at most, who was handed over is counted here as well: nowhere would let too many in to a backend."""
+UNCOUNTED_SECONDS = 10.0
+"""So long, at most, who was handed over and is counted nowhere else is counted here, or too many would be let in to a
+backend: for receivers that stand still. Those that are gone are no receivers."""
 
 _LOG = logging.getLogger("handoff.lb")
 

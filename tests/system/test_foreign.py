@@ -129,7 +129,7 @@ def test_what_a_command_left_behind_is_ended_with_it(tmp_path: Path) -> None:
             ("--ready-after", "1m"),
             "exited with status 3 (its log is the standard error of the service) while it was loading the model",
         ),
-        (["speaker.py", "hang"], ("--dialect", "systemd", "--boot-timeout", "1s"), "it was loading the model"),
+        (["speaker.py", "hang"], ("--dialect", "systemd", "--boot-timeout", "6s"), "it was loading the model"),
         (["-c", "import os; os.abort()"], ("--ready-after", "1m"), "was killed by SIGABRT"),
     ],
 )

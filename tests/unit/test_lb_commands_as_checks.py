@@ -19,6 +19,7 @@ from lb.control.checks import Result
 from lb.control.command import MAXIMUM_AT_ONCE, MAXIMUM_OUTPUT_BYTES, Commands
 from lb.core.model import Check
 from lb.core.standing import Outcome
+from tests.unit.fds import open_fds
 from tests.unit.lb_harness import SECONDS, run
 
 
@@ -29,9 +30,9 @@ def python(code: str, timeout: float = SECONDS, **fields: Any) -> Check:
 
 @pytest.fixture
 def no_fd_is_left() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     yield
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert not open_fds() - before
 
 
 async def result_of(check: Check, address: str = "10.0.0.1:80", typed: str = "app.internal:80") -> tuple[Outcome, str]:

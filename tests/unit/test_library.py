@@ -14,7 +14,7 @@ import pytest
 from handoff.channel import master_end, worker_end
 from handoff.core.messages import Boot, Drain, Open, ReceiverInfo, Receivers
 from handoff.core.moves import RAW, RawState
-from handoff.counters import ADOPTED, CONNECTIONS, MOVED, REFUSED, CounterPage, WorkerCounters
+from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, MOVED, REFUSED, CounterPage, WorkerCounters
 from handoff.mailbox import mailbox_pair, receive_letter, send_letter
 from handoff.rights import send_datagram
 from handoff.settings import Settings
@@ -94,8 +94,25 @@ def test_what_lies_in_the_mailbox_is_adopted_with_its_state(
         assert not adopted.getblocking()
         adopted.send(b"hello")
         assert ours.recv(10) == b"hello"
+    assert played.counters[ADOPTING], "its connections do not count it yet"
     assert played.worker.adopted() == []
     assert played.counters[ADOPTED] == 1
+    assert not played.counters[ADOPTING]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_who_counts_what_was_adopted_or_comes_back_for_more_has_adopted_it(
+    played: Played, connection: tuple[socket.socket, socket.socket], counts: bool
+) -> None:
+    send_letter(played.writer, RawState(), b"", [connection[1].fileno()])
+    for fds, _ in played.worker.adopted_fds():
+        os.close(fds[0])
+    assert played.counters[ADOPTING]
+    if counts:
+        played.worker.connections = 1
+    else:
+        assert not played.worker.wait(0)
+    assert not played.counters[ADOPTING]
 
 
 def test_the_writing_end_may_close_before_the_word_of_a_drain_comes(
@@ -211,10 +228,16 @@ def test_what_is_above_its_share_a_worker_gives_to_siblings_that_have_less(
         assert worker.hand_over([theirs.fileno()])
     with pytest.raises(BlockingIOError):
         receive_letter(mailboxes[0][1])
-    assert worker.surplus() == 0, "not before what was sent is counted"
+    assert worker.surplus() == 0, "not before what was sent is read"
+    sibling = WorkerCounters(os.dup(played.page.fd), rows[1]).own
+    sibling[ADOPTING] = 1
     for _ in range(4):
         os.close(receive_letter(mailboxes[1][1])[2][0])
-    WorkerCounters(os.dup(played.page.fd), rows[1]).own[CONNECTIONS] = 4
+    assert worker.has_unread
+    assert worker.surplus() == 0, "nor before it is counted"
+    sibling[CONNECTIONS] = 4
+    sibling[ADOPTING] = 0
+    assert not worker.has_unread
     worker.connections = 6
     assert worker.surplus() == 0
     for pair in mailboxes:

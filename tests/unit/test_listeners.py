@@ -20,6 +20,7 @@ from handoff.addresses import Bind, parse_bind
 from handoff.errors import ExitCode, HandoffError, UsageError
 from handoff.inherited import InheritedSocket
 from handoff.listeners import Listener, ListenerSet, bind_listener
+from tests.unit.fds import open_fds
 
 
 @pytest.fixture
@@ -348,11 +349,11 @@ def test_an_fd_that_does_not_listen_is_refused_and_left_open(tmp_path: Path) -> 
             (datagram.fileno(), "is not a listening stream socket; pass one after listen(2)"),
             (file.fileno(), "is not a socket; pass a listening stream socket"),
         ):
-            before = len(os.listdir("/proc/self/fd"))
+            before = open_fds()
             with pytest.raises(UsageError) as caught:
                 bind_listener(Bind(kind="fd", fd=fd), "web", 16)
             assert caught.value.message == f"bind fd://{fd}: {problem}"
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert not open_fds() - before
             os.fstat(fd)
 
 
@@ -449,13 +450,13 @@ def test_if_one_cannot_be_had_the_new_ones_are_closed_and_the_old_ones_untouched
     listeners: ListenerSet, path: Path
 ) -> None:
     old = listeners.acquire(1, _binds("web=127.0.0.1:0"), 16)["web"]
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     with socket.create_server(("127.0.0.1", 0)) as holder:
         taken = holder.getsockname()[1]
         with pytest.raises(HandoffError, match=f"listener api: 127.0.0.1:{taken} is in use by"):
             listeners.acquire(2, _binds("web=127.0.0.1:0", f"unix:{path}", f"api=127.0.0.1:{taken}"), 64)
     assert not path.exists()
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert not open_fds() - fds
     assert _has_fd(old.socket)
     assert old.backlog == 16
     listeners.release(2)

@@ -11,6 +11,7 @@ import pytest
 
 from handoff.errors import ExitCode, HandoffError
 from handoff.pid_file import PidFile
+from tests.unit.fds import open_fds
 
 
 @pytest.fixture
@@ -20,12 +21,12 @@ def path(tmp_path: Path) -> Path:
 
 def _failure(path: Path) -> HandoffError:
     before = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     with pytest.raises(HandoffError) as caught:
         PidFile(str(path)).create()
     assert caught.value.message.isprintable()
     assert (sorted(os.listdir(path.parent)) if path.parent.is_dir() else []) == before
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert not open_fds() - fds
     return caught.value
 
 
@@ -56,13 +57,13 @@ def test_the_file_holds_our_pid_can_be_read_by_all_and_is_locked(path: Path, uma
 
 
 def test_closing_removes_the_file_and_the_lock(path: Path) -> None:
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = open_fds()
     pid_file = PidFile(str(path))
     pid_file.create()
     pid_file.close()
     pid_file.close()
     assert os.listdir(path.parent) == []
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert not open_fds() - fds
 
 
 def test_the_file_goes_before_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from handoff.errors import ExitCode, HandoffError, UsageError
 from handoff.run_directory import RunDirectory, find_services, locate, run_directory_root
+from tests.unit.fds import open_fds
 
 
 @pytest.fixture
@@ -117,14 +118,14 @@ def test_the_lock_is_not_passed_on(root: Path) -> None:
 
 
 def test_closing_leaves_nothing(root: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_fds()
     directory = RunDirectory(root, "web")
     directory.lock()
     assert repr(directory) == f"<RunDirectory {root}/web locked>"
     directory.close()
     directory.close()
     assert list(root.iterdir()) == []
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_fds() - before
 
 
 def test_closing_leaves_what_others_put_there(root: Path) -> None:

@@ -502,12 +502,14 @@ def test_a_client_that_vanishes_in_mid_stream_ends_the_iteration(loop: str, uplo
 def test_a_stream_that_waits_for_its_client_leaves_the_other_threads_free(loop: str) -> None:
     with bridged(endless(Closing), loop, valid=False) as serving:
         client = serving.connect(receive_buffer_bytes=4096)
-        send(client, "GET /endless HTTP/1.1")
-        assert client.recv(1000)
-        for _ in range(20):
-            assert serving.ask().body == b"hello"
-        assert serving.app.pending == 1
-        reset(client)
+        try:
+            send(client, "GET /endless HTTP/1.1")
+            assert client.recv(1000)
+            for _ in range(20):
+                assert serving.ask().body == b"hello"
+            assert serving.app.pending, "the stream is there still"
+        finally:
+            reset(client)
 
 
 def test_write_sends_at_once_and_comes_before_the_iterable(loop: str) -> None:
