@@ -6,11 +6,10 @@ import difflib
 import ipaddress
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from handoff.addresses import Bind, parse_bind
-from handoff.durations import MAX_DURATION_SECONDS, parse_duration
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name, shown_value
 from lb.check_rules import OF_TYPE, refusal
@@ -18,6 +17,14 @@ from lb.core.algorithms import ALGORITHMS
 from lb.core.choice import MAXIMUM_WEIGHT
 from lb.core.model import Backend, Balancer, Check, Ejection, Service, Timeouts
 from lb.positions import Path, Positions
+from lb.tables import Read, TableReader
+from lb.tables import choice as _choice
+from lb.tables import duration as _duration
+from lb.tables import duration_or_none as _duration_or_none
+from lb.tables import list_of as _list_of
+from lb.tables import number as _number
+from lb.tables import read_flag as _read_flag
+from lb.tables import text as _text
 
 MAXIMUM_RELAYS = 64
 MAXIMUM_BACKENDS = 1000
@@ -28,8 +35,6 @@ _TOKEN = re.compile(r"[A-Z]{1,16}")
 _HTTP_PATH = re.compile(r"/[!-~]*")
 _HOST = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,253}")
 _NAME = "up to 64 letters, digits and . _ -"
-
-Read = Callable[[Any], Any]
 
 
 def parse_config(text: str, shown: str, typed: Mapping[str, Any] | None = None) -> Balancer:
@@ -52,12 +57,11 @@ def read_table(table: dict[str, Any], shown: str) -> Balancer:
     return _Reader(shown, Positions("")).balancer(table)
 
 
-class _Reader:
-    """Takes tables apart. Whatever it raises names the file, the line and the key."""
+class _Reader(TableReader):
+    """Takes the tables of a balancer apart."""
 
     def __init__(self, shown: str, positions: Positions) -> None:
-        self._shown = shown
-        self._positions = positions
+        super().__init__(shown, positions)
         self._shared: dict[str, Check] = {}
         """By name, [check.NAME]."""
 
@@ -164,41 +168,6 @@ class _Reader:
         self._refuse_twice([(path, one.name) for one in found])
         return tuple(found)
 
-    def _fields(self, path: Path, table: Any, known: Mapping[str, tuple[str, Read]]) -> dict[str, Any]:
-        """The values of a table, under the names of the fields."""
-        self._expect_table(path, table)
-        self._refuse_unknown(path, table, set(known))
-        values = {}
-        for key, value in table.items():
-            field, read = known[key]
-            try:
-                values[field] = read(value)
-            except ValueError as error:
-                self._fail((*path, key), key, f"{shown_value(value)}: {error}")
-            except UsageError as error:
-                self._fail((*path, key), key, error.message)
-        return values
-
-    # --- refusing ---------------------------------------------------------------------------------------------------
-
-    def _expect_table(self, path: Path, table: Any) -> None:
-        if not isinstance(table, dict):
-            self._fail(path, str(path[-1]), "expected a table")
-
-    def _refuse_unknown(self, path: Path, table: dict[str, Any], known: set[str]) -> None:
-        for key in table:
-            if key not in known:
-                near = difflib.get_close_matches(key, sorted(known), n=1)
-                hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(sorted(known))}"
-                self._fail((*path, key), shown_value(key), f"is no key that is known here; {hint}")
-
-    def _refuse_twice(self, names: list[tuple[Path, str]]) -> None:
-        seen: set[str] = set()
-        for path, name in names:
-            if name in seen:
-                self._fail(path, name, "is there twice; give each a name of its own")
-            seen.add(name)
-
     def _refuse_loops(self, services: tuple[Service, ...], admin: str | None) -> None:
         """A listener of ours as a backend would relay to itself until nothing is left."""
         own = _own_addresses(services, admin)
@@ -208,12 +177,6 @@ class _Reader:
                     if any(is_same_address(parse_bind(backend.address), one) for one in own):
                         path = ("service", index, "pool", name, "backends")
                         self._fail(path, backend.address, "is an address that this balancer listens on itself")
-
-    def _fail(self, path: Path, subject: str, problem: str) -> None:
-        line = self._positions.line(path)
-        where = self._shown if line is None else f"{self._shown}: line {line}"
-        separator = " " if problem.startswith("is ") else ": "
-        raise UsageError(f"{where}: {subject}{separator}{problem}")
 
 
 def is_own_address(balancer: Balancer, bind: Bind) -> bool:
@@ -237,47 +200,6 @@ def is_same_address(backend: Bind, listener: Bind) -> bool:
 
 
 # --- how values are read --------------------------------------------------------------------------------------------
-
-
-def _text(is_good: Callable[[str], object], expected: str) -> Read:
-    def read(value: Any) -> str:
-        if not isinstance(value, str) or not is_good(value):
-            raise ValueError(f"expected {expected}")
-        return value
-
-    return read
-
-
-def _choice(*choices: str) -> Read:
-    return _text(choices.__contains__, " or ".join(f'"{one}"' for one in choices))
-
-
-def _number(low: int, high: int) -> Read:
-    def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}")
-        return value
-
-    return read
-
-
-def _read_flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("expected true or false")
-    return value
-
-
-def _duration(value: Any) -> float:
-    if not isinstance(value, str):
-        raise ValueError('expected a duration such as "5s"')
-    seconds = parse_duration(value)
-    if not 0 < seconds <= MAX_DURATION_SECONDS:
-        raise ValueError("expected a duration above 0s and of at most 168h")
-    return seconds
-
-
-def _duration_or_none(value: Any) -> float | None:
-    return None if value == "none" else _duration(value)
 
 
 def _read_listen(value: Any) -> tuple[str, ...]:
@@ -329,17 +251,6 @@ def _read_numeric(value: Any) -> str:
         return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
     except ValueError:
         raise ValueError("expected an IP address, without a port") from None
-
-
-def _list_of(is_good: Callable[[str], object], expected: str) -> Read:
-    def read(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list) or not 1 <= len(value) <= MAXIMUM_WORDS:
-            raise ValueError(f"expected a list of {expected}, 1 to {MAXIMUM_WORDS}")
-        if not all(isinstance(one, str) and is_good(one) for one in value):
-            raise ValueError(f"expected a list of {expected}")
-        return tuple(value)
-
-    return read
 
 
 def _is_sent(text: str) -> bool:
