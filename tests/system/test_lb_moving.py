@@ -10,7 +10,7 @@ from tests.system.balancer import Balancer, config
 from tests.system.harness import Clients, wait_until
 from tests.system.streams import Download, Echo, StreamServer, Upload
 
-STREAMS = 12
+STREAMS = 6
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_streams_and_bulk_transfers_move_at_each_reload(directory: Path, count: 
             for one in clients:
                 one.__enter__()
             download, upload = Download(address), Upload(address)
-            for _ in range(4):
+            for _ in range(3):
                 assert service.ask({"type": "reload"})["exit_code"] == 0
                 wait_until(lambda: len(service.status()["generations"]) == 1, "no old process is left")
                 for one in clients:

@@ -178,6 +178,8 @@ def is_refused(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port)).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it came at the very moment of the close
+        return False
     return False
 
 

@@ -54,8 +54,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why it failed, what was seen. Never what a command printed."""
     revision: int | None = None
     """Of the service at a balancer, behind the step."""
-    before: dict[str, tuple[int, ...]] | None = None
-    """What a bake counts from."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
