@@ -275,6 +275,8 @@ def refuses(service: Service) -> bool:
         service.connect().close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it came at the very moment of the close
+        return False
     return False
 
 
