@@ -12,7 +12,7 @@ import msgspec
 from handoff.durations import MAX_DURATION_SECONDS
 from handoff.errors import ExitCode, HandoffError
 from handoff.run_directory import RunDirectory
-from lb.core.admin import SOCKET_NAME, Answer, Request, Status
+from lb.core.admin import SOCKET_NAME, Answer, Exchange, Exchanged, Request, Status
 
 ABSENT_SECONDS = 5.0
 """So long a controller may be away: one that died is started again, and a reload replaces it, old before new."""
@@ -45,18 +45,21 @@ def send(service: RunDirectory, request: Request) -> Answer:
     """Have it done. Raises HandoffError: TIMED_OUT without an answer in time, ABORTED where the controller ended."""
     command = str(type(request).__struct_config__.tag)
     waits = getattr(request, "wait_seconds", None) or 0.0
-    return _ask(service, "POST", f"/v1/{command}", msgspec.json.encode(request), Answer, waits)
+    asked = Exchange(method="POST", path=f"/v1/{command}", body=msgspec.json.encode(request).decode())
+    return _ask(service, asked, Answer, waits)
 
 
 def ask_status(service: RunDirectory) -> Status:
-    return _ask(service, "GET", "/v1/status", b"", Status, 0.0)
+    return _ask(service, Exchange(method="GET", path="/v1/status"), Status, 0.0)
 
 
-def _ask(service: RunDirectory, method: str, path: str, body: bytes, kind: type[T], waits: float) -> T:
+def exchange(service: RunDirectory, asked: Exchange, waits: float) -> Exchanged:
+    """Have it answered as it is. Raises HandoffError as `send` does."""
     limit = min(waits, MAX_DURATION_SECONDS) + ANSWER_SECONDS
     connection = _connected(service, limit)
+    body = asked.body.encode()
     try:
-        connection.request(method, path, body or None, {"Content-Type": "application/json"} if body else {})
+        connection.request(asked.method, asked.path, body or None, {"Content-Type": "application/json"} if body else {})
         response = connection.getresponse()
         content = response.read(MAXIMUM_ANSWER_BYTES)
     except TimeoutError:
@@ -67,18 +70,24 @@ def _ask(service: RunDirectory, method: str, path: str, body: bytes, kind: type[
         raise HandoffError(text, ExitCode.ABORTED) from None
     finally:
         connection.close()
+    return Exchanged(status=response.status, body=content.decode(errors="replace"))
+
+
+def _ask(service: RunDirectory, asked: Exchange, kind: type[T], waits: float) -> T:
+    answered = exchange(service, asked, waits)
     try:
-        return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise _refusal(service, response, content) from None
+        return msgspec.json.decode(answered.body, type=kind)
+    except msgspec.DecodeError:
+        raise _refusal(service, answered) from None
 
 
-def _refusal(service: RunDirectory, response: http.client.HTTPResponse, content: bytes) -> HandoffError:
+def _refusal(service: RunDirectory, answered: Exchanged) -> HandoffError:
     """An answer of another kind than the one that belongs to the request: an error, told as an Answer or otherwise."""
     try:
-        answer = msgspec.json.decode(content, type=Answer)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        text = f"service {service.name}: an answer that this release cannot read: {response.status} {response.reason}"
+        answer = msgspec.json.decode(answered.body, type=Answer)
+    except msgspec.DecodeError:
+        reason = http.client.responses.get(answered.status, "")
+        text = f"service {service.name}: an answer that this release cannot read: {answered.status} {reason}".rstrip()
         return HandoffError(text)
     return HandoffError(f"service {service.name}: {answer.message}", ExitCode(answer.exit_code))
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lb.cli.operate import add, apply, drain, maint, ready, remove, rollback, switch, weight
+from lb.cli.request import request
 from lb.cli.run import check, run
 from lb.cli.show import status
 
@@ -27,5 +28,5 @@ def main() -> None:
     """Balance TCP connections over backends: health checks, drains, blue/green switches, no connection lost."""
 
 
-for command in (run, check, apply, status, drain, ready, maint, weight, add, remove, switch, rollback):
+for command in (run, check, apply, status, drain, ready, maint, weight, add, remove, switch, rollback, request):
     main.add_command(command)

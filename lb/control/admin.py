@@ -24,7 +24,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_STATUSES = {0: 200, 2: 400, 4: 504, 5: 404, 6: 409, 9: 409}
+_STATUSES = {0: 200, 2: 400, 4: 504, 5: 404, 6: 409, 7: 409, 9: 409}
 """Of answers, by their exit codes."""
 _REQUEST: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _MAXIMUM_READ_BYTES = 4 * MAXIMUM_REQUEST_BYTES

@@ -18,13 +18,14 @@ from handoff.option_table import is_service_name
 from lb.check_files import refuse_missing
 from lb.config import MAXIMUM_BACKENDS, is_own_address, parse_config
 from lb.control.controller import Controller
-from lb.control.switching import published, rollback, switch
+from lb.control.switching import prepare, published, rollback, switch
 from lb.core.admin import (
     Add,
     Answer,
     Apply,
     Drain,
     Maint,
+    Prepare,
     Ready,
     Remove,
     Request,
@@ -34,13 +35,14 @@ from lb.core.admin import (
 )
 from lb.core.choice import MAXIMUM_WEIGHT
 from lb.core.compose import Present
-from lb.core.lookup import REFUSED, TIMED_OUT, UNKNOWN, USAGE, Found, Refusal, find_backend, find_pool, nearest
+from lb.core.lookup import FENCED, REFUSED, TIMED_OUT, UNKNOWN, USAGE, Found, Refusal, find_backend, find_pool, nearest
 from lb.core.model import Backend
 from lb.core.overrides import (
     Added,
     Removed,
     StateChange,
     WeightChange,
+    fenced,
     key_of,
     pools_of,
     said_of,
@@ -50,6 +52,7 @@ from lb.core.overrides import (
 from lb.core.reloading import taken_in_place
 from lb.core.standing import Administrative
 
+MAXIMUM_FENCE_LENGTH = 256
 COUNT_SECONDS = 0.05
 """Between two looks at the connections that are left: they are counted in shared memory, which tells nobody."""
 
@@ -65,6 +68,7 @@ class Commands:
         by = f" by {request.who}" if request.who else ""
         why = f": {request.why}" if request.why else ""
         try:
+            self._fence(request)
             answer = await self._carry_out(request)
         except Refusal as refusal:
             answer = Answer(exit_code=refusal.exit_code, message=refusal.message)
@@ -75,6 +79,25 @@ class Commands:
             answer = msgspec.structs.replace(answer, notes=(*answer.notes, f"not durable: {problem}"))
         _LOG.info("%s%s%s: %s", type(request).__name__.lower(), by, why, answer.message)
         return answer
+
+    def _fence(self, request: Request) -> None:
+        """Raises Refusal for one of a rollout that has lost its lock."""
+        if not request.fence:
+            return
+        if len(request.fence) > MAXIMUM_FENCE_LENGTH or not 0 < request.token < 2**63:
+            raise Refusal(
+                USAGE, f"token {request.token} of fence {request.fence[:80]!r}: expected a short name and a number"
+            )
+        overrides = self._controller.overrides
+        known = fenced(overrides, request.fence, request.token)
+        if known is None:
+            highest = overrides.fences[request.fence]
+            raise Refusal(
+                FENCED,
+                f"{request.fence}: token {request.token} is older than {highest}, which was seen; nothing changed",
+            )
+        if known is not overrides:
+            self._controller.override(known)
 
     async def _carry_out(self, request: Request) -> Answer:
         match request:
@@ -90,6 +113,8 @@ class Commands:
                 return await self._add(request)
             case Remove():
                 return await self._remove(request)
+            case Prepare():
+                return await prepare(self._controller, request)
             case Switch():
                 return await switch(self._controller, request)
             case Rollback():

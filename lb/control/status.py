@@ -10,7 +10,7 @@ from lb.core.compose import Record
 from lb.core.overrides import Change, Overrides, shares_of
 from lb.core.standing import Administrative, Standing
 from lb.core.table import Endpoint, Route
-from lb.page import CURRENT, FAILED, RECEIVED_BYTES, RESET, SENT_BYTES, TOTAL
+from lb.page import CONNECT_NANOSECONDS, CURRENT, FAILED, RECEIVED_BYTES, RESET, SENT_BYTES, TOTAL
 
 REMOVED = "removed"
 """In place of an administrative state: it is configured no more, and goes with its last connection."""
@@ -114,6 +114,7 @@ def _backend(controller: Controller, one: Endpoint) -> BackendStatus:
         reset=sums[RESET],
         sent_bytes=sums[SENT_BYTES],
         received_bytes=sums[RECEIVED_BYTES],
+        connect_seconds=sums[CONNECT_NANOSECONDS] / 1e9,
         last_check=record.last_check,
         agent=_agent(record) if has_agent else "",
         since_seconds=time.monotonic() - record.since if record.since else 0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from lb.control.controller import Controller
-from lb.core.admin import Answer, Rollback, Switch
+from lb.core.admin import Answer, Prepare, Rollback, Switch
 from lb.core.lookup import REFUSED, TIMED_OUT, USAGE, Refusal, check_pool, find_service
 from lb.core.model import Service
 from lb.core.overrides import Shares, revision_of, shares_of, with_shares
@@ -35,6 +35,21 @@ async def switch(controller: Controller, request: Switch) -> Answer:
         return Answer(exit_code=0, message=done, revision=revision_of(service.name, controller.overrides))
     closing, notes = _closing(controller, service, shares, request)
     return await _take(controller, service, shares, request, closing, notes)
+
+
+async def prepare(controller: Controller, request: Prepare) -> Answer:
+    """Raises Refusal as a switch would."""
+    check_pool(find_service(controller.balancer, request.service), request.pool)
+    _check_revision(controller, find_service(controller.balancer, request.service), request.revision)
+    await _wait_healthy(controller, request.service, request.pool, request.wait_seconds)
+    service = find_service(controller.balancer, request.service)
+    check_pool(service, request.pool)
+    _check_revision(controller, service, request.revision)
+    _refuse_unhealthy(controller, service, request.pool)
+    revision = revision_of(service.name, controller.overrides)
+    return Answer(
+        exit_code=0, message=f"{service.name}/{request.pool} is healthy at revision {revision}", revision=revision
+    )
 
 
 async def rollback(controller: Controller, request: Rollback) -> Answer:

@@ -4,13 +4,13 @@
 `GET /v1/status` with a `Status`; `GET /metrics` with Prometheus' text; `GET /livez` and `GET /readyz` with 200 or 503.
 
 Writes are taken on the unix socket `admin.sock` (0600) in the runtime directory, and over TCP only with the token
-(`Authorization: Bearer TOKEN`). HTTP statuses of answers: 200 done, 400 exit code 2, 404 exit code 5, 409 exit codes 6
-and 9, 504 exit code 4, 500 otherwise; 401 and 403 where the caller may not.
+(`Authorization: Bearer TOKEN`). HTTP statuses of answers: 200 done, 400 exit code 2, 404 exit code 5, 409 exit codes 6,
+7 and 9, 504 exit code 4, 500 otherwise; 401 and 403 where the caller may not.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -22,6 +22,9 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     who: str = ""
     """For the history: the user, or the program."""
     why: str = ""
+    fence: str = ""
+    """The lock under which a rollout asks: the highest token seen for it is kept, and a lower one refused (7)."""
+    token: int = 0
 
 
 class Drain(_Request, frozen=True, tag="drain"):
@@ -95,6 +98,17 @@ class Switch(_Request, frozen=True, tag="switch"):
     deadline_seconds: float | None = None
 
 
+class Prepare(_Request, frozen=True, tag="prepare"):
+    """Whether a switch to this pool would be taken: answered with the revision to switch from. Changes nothing."""
+
+    service: str
+    pool: str
+    revision: int | None = None
+    """Refused (9) where the service's revision is another one."""
+    wait_seconds: float = 0.0
+    """For the pool to be healthy; refused (9) if it is not by then."""
+
+
 class Rollback(_Request, frozen=True, tag="rollback"):
     """The shares of the previous revision, as the next revision. Refused (9) where there is none."""
 
@@ -110,12 +124,29 @@ class Apply(_Request, frozen=True, tag="apply"):
     """The file as it is called in messages."""
 
 
-Request: TypeAlias = Drain | Ready | Maint | Weight | Add | Remove | Switch | Rollback | Apply
+Request: TypeAlias = Drain | Ready | Maint | Weight | Add | Remove | Prepare | Switch | Rollback | Apply
+
+
+class Exchange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `handoff lb request` is asked on its standard input."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: str = ""
+
+
+class Exchanged(msgspec.Struct, frozen=True, kw_only=True):
+    """And what it answers."""
+
+    status: int
+    """Of HTTP."""
+    body: str
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int
-    """The design's table: 0 done, 2 usage, 4 timed out, 5 no such service or backend, 9 refused, nothing changed."""
+    """The design's table: 0 done, 2 usage, 4 timed out, 5 no such service or backend, 7 fenced, 9 refused, nothing
+    changed."""
     message: str
     """One line."""
     notes: tuple[str, ...] = ()
@@ -142,6 +173,8 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
     reset: int
     sent_bytes: int
     received_bytes: int
+    connect_seconds: float = 0.0
+    """Of all connections that were made, the sum."""
     last_check: str
     """`passed in 2 ms`, `connection refused`, `status 503`; empty where it has none."""
     agent: str = ""

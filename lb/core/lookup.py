@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lb.core.model import Backend, Balancer, Service
 from lb.core.overrides import Overrides, key_of, pools_of
 
-USAGE, TIMED_OUT, UNKNOWN, REFUSED = 2, 4, 5, 9
+USAGE, TIMED_OUT, UNKNOWN, FENCED, REFUSED = 2, 4, 5, 7, 9
 """Exit codes of the design's table."""
 
 

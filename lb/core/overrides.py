@@ -16,6 +16,7 @@ import msgspec
 from lb.core.model import Backend, Balancer, Service
 
 VERSION = 1
+MAXIMUM_FENCES = 1024
 MAXIMUM_HISTORY = 16
 """How many switches back a service remembers."""
 MAXIMUM_INCARNATIONS = 4096
@@ -80,6 +81,21 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     services: dict[str, ServiceOverride] = {}
     incarnations: dict[str, int] = {}
     """Of `SERVICE/POOL/NAME@ADDRESS` that were removed: the number that the next one gets."""
+    fences: dict[str, int] = {}
+    """The highest token that was shown, by the name of the lock."""
+
+
+def fenced(overrides: Overrides, fence: str, token: int) -> Overrides | None:
+    """With this token as the highest; None: a higher one was seen."""
+    highest = overrides.fences.get(fence, 0)
+    if token < highest:
+        return None
+    if token == highest:
+        return overrides
+    fences = {**overrides.fences, fence: token}
+    if len(fences) > MAXIMUM_FENCES:
+        del fences[next(iter(fences))]
+    return msgspec.structs.replace(overrides, fences=fences)
 
 
 # --- what holds -----------------------------------------------------------------------------------------------------

@@ -543,5 +543,5 @@ def test_the_group_called_is_a_program(place: Path) -> None:
 def test_every_command_that_changes_something_has_a_request() -> None:
     tags = {str(kind.__struct_config__.tag) for kind in (Drain, Ready, Maint, Weight, Add, Remove, Switch)}
     tags |= {str(kind.__struct_config__.tag) for kind in (Rollback, Apply)}
-    assert set(main.commands) == tags | {"run", "check", "status"}
+    assert set(main.commands) == tags | {"run", "check", "status", "request"}
     assert isinstance(main, click.Group)

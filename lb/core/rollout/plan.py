@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
+import re
 import shlex
-import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -34,6 +34,8 @@ class Kind(enum.Enum):
     BAKE = "bake"
     KEEP = "keep"
 
+
+_PLACEHOLDER = re.compile(r"(?P<before>[${]?)\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)\}")
 
 ON_HOSTS = frozenset({Kind.STAGE, Kind.ONCE, Kind.ACTIVATE, Kind.RELOAD, Kind.DISCARD, Kind.RETIRE})
 VERSIONED = frozenset({Kind.ACTIVATE, Kind.RELOAD})
@@ -85,16 +87,21 @@ class CannotPlan(Exception):
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """The template with each `{name}` replaced by its value, quoted for `sh`; `{{` is a brace. Raises ValueError."""
-    found = []
-    for text, field, specification, conversion in string.Formatter().parse(template):
-        found.append(text)
-        if field is None:
-            continue
-        if specification or conversion or field not in values:
-            raise ValueError(f"{{{field}}} is not known; known: {', '.join(f'{{{one}}}' for one in sorted(values))}")
-        found.append(shlex.quote(values[field]))
-    return "".join(found)
+    """The template with each `{name}` replaced by its value, quoted for `sh`. Raises ValueError where it is unknown.
+
+    `${name}` is the shell's, and `{{name}}` another program's: both stay, but for names that are ours, where they would
+    silently be something else.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        before, name = found["before"], found["name"]
+        if name in values and not before:
+            return shlex.quote(values[name])
+        if before and name not in values:
+            return found[0]
+        raise ValueError(f"{found[0]} is not known; known: {', '.join(f'{{{one}}}' for one in sorted(values))}")
+
+    return _PLACEHOLDER.sub(fill, template)
 
 
 def values_of(host: Host, version: str) -> dict[str, str]:

@@ -1,0 +1,245 @@
+"""`handoff deploy …`: rollouts over many hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from handoff.env_file import read_small_file
+from handoff.errors import ExitCode, HandoffError, UsageError
+from lb.core.rollout.model import Deploy
+from lb.core.rollout.plan import CannotPlan
+from lb.core.rollout.progress import Run, Verdict, can_turn_back
+from lb.core.version_label import is_version
+from lb.rollout.config import parse_deploy, with_strategy
+from lb.rollout.journal import Request
+from lb.rollout.report import Lines, Report, made_report
+from lb.rollout.session import Session, opened, owner
+from lb.rollout.show import history_table, plan_lines, run_lines
+from lb.rollout.stores.base import Locked
+
+DEFAULT_FILE = "deploy.toml"
+T = TypeVar("T")
+
+_FILE = click.option("--file", "-f", "file", default=DEFAULT_FILE, metavar="FILE", help=f"Default {DEFAULT_FILE}.")
+_STRATEGY = click.option(
+    "--strategy", type=click.Choice(["rolling", "blue-green", "canary"]), help="Default: the file's."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
+_WITHOUT = click.option(
+    "--without-balancer",
+    "without",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Leave a dead balancer out, as it is called in the file; repeatable. It is journalled.",
+)
+
+
+class _Versions(click.Group):
+    """What is no command is the version to roll out."""
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            return "start", self.commands["start"], args
+        return super().resolve_command(context, args)
+
+
+@click.group("deploy", cls=_Versions, subcommand_metavar="VERSION | COMMAND [ARGS]…")
+def main() -> None:
+    """Roll a version out over many hosts: handoff deploy VERSION, or one of the commands below."""
+
+
+@main.command(hidden=True)
+@click.argument("version")
+@_FILE
+@_STRATEGY
+@_WITHOUT
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def start(version: str, file: str, strategy: str | None, without: tuple[str, ...], yes: bool) -> int:
+    """Roll the version out."""
+    deploy = _read(file, strategy)
+    _check_version(version)
+
+    async def run(session: Session) -> int:
+        async with session.locked() as lease:
+            begun = await session.begin(version, without)
+            if not yes and sys.stdin.isatty() and sys.stdout.isatty():
+                click.echo("\n".join(plan_lines(begun.plan)))
+                await asyncio.to_thread(click.confirm, f"Roll {version} out?", abort=True)
+            return (await session.work(lease, begun, is_new=True)).exit_code
+
+    return _with_session(deploy, run, made_report())
+
+
+@main.command()
+@click.argument("version")
+@_FILE
+@_STRATEGY
+@_JSON
+def plan(version: str, file: str, strategy: str | None, as_json: bool) -> int:
+    """Print the steps that a rollout would take, as things stand. Takes none."""
+    deploy = _read(file, strategy)
+    _check_version(version)
+
+    async def show(session: Session) -> int:
+        seen, found = await session.plan(version)
+        if as_json:
+            _print_json({"seen": seen, "plan": found})
+        else:
+            click.echo("\n".join(plan_lines(found)))
+        return ExitCode.DONE
+
+    return _with_session(deploy, show)
+
+
+@main.command()
+@_FILE
+@_JSON
+def status(file: str, as_json: bool) -> int:
+    """Say how far the newest rollout is."""
+
+    async def show(session: Session) -> int:
+        run = await session.latest()
+        records = await asyncio.to_thread(session.journal.records, run.id)
+        holder = await asyncio.to_thread(session.store.holder, session.journal.lock_name)
+        if as_json:
+            _print_json({"run": run, "steps": records, "lock": holder and holder._asdict()})
+        else:
+            click.echo("\n".join(run_lines(run, records, holder)))
+        return ExitCode.DONE
+
+    return _with_session(_read(file), show)
+
+
+@main.command()
+@_FILE
+def pause(file: str) -> int:
+    """Have the deployer stop at its next safe point; resume goes on."""
+    return _with_session(_read(file), lambda session: _ask(session, "pause"))
+
+
+@main.command()
+@_FILE
+@_WITHOUT
+def abort(file: str, without: tuple[str, ...]) -> int:
+    """Lead the rollout back: by its deployer, or by us where none is at work."""
+
+    async def run(session: Session) -> int:
+        try:
+            async with session.locked() as lease:
+                found = await session.resumable(without)
+                records = await asyncio.to_thread(session.journal.records, found.id)
+                if found.back is None and not can_turn_back(found, records):
+                    raise HandoffError(f"rollout {found.id}: is committed; use rollback", ExitCode.REFUSED)
+                return (await session.work(lease, found, is_new=False, aborted_by=owner())).exit_code
+        except Locked:
+            return await _ask(session, "abort")
+
+    return _with_session(_read(file), run, made_report())
+
+
+@main.command()
+@_FILE
+@_WITHOUT
+def resume(file: str, without: tuple[str, ...]) -> int:
+    """Go on with a rollout that was paused, or whose deployer is gone; from any machine."""
+
+    async def run(session: Session) -> int:
+        async with session.locked() as lease:
+            found = await session.resumable(without)
+            return (await session.work(lease, found, is_new=False)).exit_code
+
+    return _with_session(_read(file), run, made_report())
+
+
+@main.command()
+@_FILE
+@_STRATEGY
+@_WITHOUT
+def rollback(file: str, strategy: str | None, without: tuple[str, ...]) -> int:
+    """Take back what was committed last: one switch, or the hosts' versions of before."""
+
+    async def run(session: Session) -> int:
+        async with session.locked() as lease:
+            begun = await session.begin_rollback(without)
+            return (await session.work(lease, begun, is_new=True)).exit_code
+
+    return _with_session(_read(file, strategy), run, made_report())
+
+
+@main.command()
+@_FILE
+@_JSON
+def history(file: str, as_json: bool) -> int:
+    """Who rolled out what, when, and how it ended."""
+
+    async def show(session: Session) -> int:
+        runs: list[Run] = await asyncio.to_thread(session.journal.runs)
+        if as_json:
+            _print_json(runs)
+        else:
+            click.echo("\n".join(history_table(runs)))
+        return ExitCode.DONE
+
+    return _with_session(_read(file), show)
+
+
+@main.command()
+@_FILE
+@_JSON
+def lock(file: str, as_json: bool) -> int:
+    """Say who holds the lock, since when and until when."""
+
+    async def show(session: Session) -> int:
+        holder = await asyncio.to_thread(session.store.holder, session.journal.lock_name)
+        if as_json:
+            _print_json(holder and holder._asdict())
+        else:
+            click.echo("nobody" if holder is None else str(Locked(session.journal.lock_name, holder)))
+        return ExitCode.DONE
+
+    return _with_session(_read(file), show)
+
+
+async def _ask(session: Session, wants: str) -> int:
+    run = await session.latest()
+    if run.verdict is not None:
+        raise HandoffError(f"rollout {run.id}: {run.verdict.value} already", ExitCode.REFUSED)
+    await asyncio.to_thread(session.journal.ask, Request(run=run.id, wants=wants, who=owner()))
+    click.echo(f"rollout {run.id}: asked to {wants}; see handoff deploy status")
+    return ExitCode.DONE
+
+
+def _read(file: str, strategy: str | None = None) -> Deploy:
+    return with_strategy(parse_deploy(read_small_file(file, file), file), strategy)
+
+
+def _check_version(version: str) -> None:
+    if not is_version(version):
+        raise UsageError(f"version {version!r}: expected up to 128 letters, digits and . _ + -, not . - + _ first")
+
+
+def _with_session(deploy: Deploy, work: Callable[[Session], Awaitable[int]], report: Report | None = None) -> int:
+    async def run() -> int:
+        async with opened(deploy, report or Lines()) as session:
+            try:
+                return await work(session)
+            except CannotPlan as error:
+                raise HandoffError(str(error), ExitCode.REFUSED) from None
+
+    return asyncio.run(run())
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+__all__ = ["Verdict", "main"]

@@ -1,0 +1,205 @@
+"""One deployer at work: the file, the store, the lock, the fleet; and what each command does with them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+
+import msgspec
+
+from handoff.errors import ExitCode, HandoffError, UsageError
+from lb.core.rollout.model import Deploy, Host
+from lb.core.rollout.plan import Plan, Seen, filled, pooled, rolling, values_of
+from lb.core.rollout.progress import Run, Verdict, tried_again
+from lb.core.rollout.returning import go_back
+from lb.rollout.balancers import client_for
+from lb.rollout.fleet import Fleet
+from lb.rollout.journal import Journal
+from lb.rollout.report import Report
+from lb.rollout.runner import Runner
+from lb.rollout.stores import open_store
+from lb.rollout.stores.base import Lease, Store
+from lb.rollout.transport import transport_for
+
+STORE_SECONDS = 20.0
+"""For one call of a store that a balancer or a host keeps."""
+
+
+class Session:
+    """What a command of `handoff deploy` works with. Make it with `opened`."""
+
+    def __init__(self, deploy: Deploy, store: Store, fleet: Fleet, report: Report) -> None:
+        self.deploy, self.store, self.fleet, self.report = deploy, store, fleet, report
+        self.journal = Journal(store, deploy.service)
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    async def plan(self, version: str) -> tuple[Seen, Plan]:
+        """What a rollout of the version would do, as things stand."""
+        versions = await asyncio.to_thread(self.journal.versions)
+        seen = await self.fleet.look(versions, self._current)
+        make = rolling if self.deploy.strategy == "rolling" else pooled
+        return seen, make(self.deploy, version, self.deploy.balancers, seen)
+
+    def _current(self, host: Host) -> str | None:
+        """The command that tells which version it has."""
+        return None if self.deploy.current is None else filled(self.deploy.current, values_of(host, ""))
+
+    async def latest(self) -> Run:
+        """Raises HandoffError where there is none."""
+        name = await asyncio.to_thread(self.journal.latest)
+        if name is None:
+            raise HandoffError(f"service {self.deploy.service}: no rollout yet", exit_code=ExitCode.NO_SUCH_SERVICE)
+        return await asyncio.to_thread(self.journal.run, name)
+
+    # --- doing ------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def locked(self) -> AsyncIterator[Lease]:
+        """The lock of the service. Raises Locked."""
+        lease = await asyncio.to_thread(self.store.lock, self.journal.lock_name, owner(), self.deploy.lock_seconds)
+        try:
+            yield lease
+        finally:
+            with contextlib.suppress(HandoffError):  # it ends by itself
+                await asyncio.to_thread(self.store.release, lease)
+
+    async def begin(self, version: str, without: Collection[str] = ()) -> Run:
+        """A new run of this version. Raises HandoffError where another one is not finished."""
+        await self._refuse_unfinished()
+        left_out = self._left_out(without)
+        kept = tuple(one for one in self.deploy.balancers if one not in left_out)
+        used = msgspec.structs.replace(self.deploy, balancers=kept)
+        seen, plan = await Session(used, self.store, Fleet.like(self.fleet, used), self.report).plan(version)
+        return self._run("deploy", version, plan, seen, used)
+
+    async def begin_rollback(self, without: Collection[str] = ()) -> Run:
+        """A run that leads back behind the newest one that was committed."""
+        await self._refuse_unfinished()
+        left_out = self._left_out(without)
+        kept = tuple(one for one in self.deploy.balancers if one not in left_out)
+        used = msgspec.structs.replace(self.deploy, balancers=kept)
+        runs = await asyncio.to_thread(self.journal.runs)
+        committed = [one for one in runs if one.verdict is Verdict.COMMITTED]
+        versions = await asyncio.to_thread(self.journal.versions)
+        seen = await Fleet.like(self.fleet, used).look(versions, self._current)
+        version, plan = go_back(used, committed, seen)
+        return self._run("rollback", version, plan, seen, used)
+
+    async def work(self, lease: Lease, run: Run, is_new: bool, aborted_by: str | None = None) -> Verdict:
+        """To its verdict. Signals stop it at a safe point."""
+        if is_new:
+            await asyncio.to_thread(self.journal.begin, lease, run)
+            records = {}
+        else:
+            await asyncio.to_thread(self.journal.clear_request, lease)
+            await asyncio.to_thread(self.journal.save, lease, run)
+            records = await asyncio.to_thread(self.journal.records, run.id)
+        runner = Runner(run, records, self.store, lease, Fleet.like(self.fleet, run.deploy), self.report)
+        if aborted_by is not None:
+            runner.abort(aborted_by)
+        with _signals(runner):
+            verdict = await runner.work()
+        note = f": {runner.run.note}" if runner.run.note else ""
+        self.report.says(f"{run.deploy.service}: {run.kind} of {run.version}: {verdict.value}{note}")
+        return verdict
+
+    async def resumable(self, without: Collection[str]) -> Run:
+        """The newest run, to go on with. Raises HandoffError where it has come to its end."""
+        run = await self.latest()
+        if without:
+            run = msgspec.structs.replace(run, without={**run.without, **dict.fromkeys(without, owner())})
+        if run.verdict is None:
+            return run
+        if run.verdict is Verdict.PARTIAL and run.back is not None:
+            return tried_again(run)
+        raise HandoffError(
+            f"rollout {run.id} of {run.deploy.service}: {run.verdict.value}, nothing to resume", ExitCode.REFUSED
+        )
+
+    async def _refuse_unfinished(self) -> None:
+        name = await asyncio.to_thread(self.journal.latest)
+        if name is None:
+            return
+        run = await asyncio.to_thread(self.journal.run, name)
+        if run.verdict is None:
+            raise HandoffError(
+                f"rollout {run.id} of {run.deploy.service} to {run.version}, begun by {run.who}, is not finished; "
+                f"handoff deploy resume, or abort",
+                ExitCode.REFUSED,
+            )
+
+    def _left_out(self, without: Collection[str]) -> Mapping[str, str]:
+        for one in without:
+            if one not in self.deploy.balancers:
+                raise UsageError(f"--without-balancer {one}: there are {', '.join(self.deploy.balancers) or 'none'}")
+        return dict.fromkeys(without, owner())
+
+    def _run(self, kind: str, version: str, plan: Plan, seen: Seen, deploy: Deploy) -> Run:
+        now = time.time()
+        name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f"{int(now % 1 * 1e6):06d}"
+        return Run(id=name, version=version, deploy=deploy, plan=plan, seen=seen, who=owner(), began_at=now, kind=kind)
+
+
+@contextlib.asynccontextmanager
+async def opened(deploy: Deploy, report: Report) -> AsyncIterator[Session]:
+    """The fleet and the store of the file, closed at the end. Raises HandoffError."""
+    fleet = Fleet(deploy, client_for, lambda host: transport_for(host.ssh, host.handoff))
+    try:
+        store = await asyncio.to_thread(_store, deploy, fleet, asyncio.get_running_loop())
+        try:
+            yield Session(deploy, store, fleet, report)
+        finally:
+            await asyncio.to_thread(store.close)
+    finally:
+        await fleet.aclose()
+
+
+def _store(deploy: Deploy, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> Store:
+    """As the file names it: a URL; or what the first balancer keeps, without balancers the first host."""
+
+    async def call(request: bytes) -> bytes:
+        async with asyncio.timeout(STORE_SECONDS):
+            if deploy.balancers:
+                return await fleet.balancer(deploy.balancers[0]).store_call(request, STORE_SECONDS)
+            host = deploy.hosts[0]
+            return await fleet.transport(host).request(["handoff", "host", "store"], request, STORE_SECONDS)
+
+    def blocking(request: bytes) -> bytes:
+        return asyncio.run_coroutine_threadsafe(call(request), loop).result()
+
+    keeper = deploy.balancers[0] if deploy.balancers else deploy.hosts[0].name
+    return open_store(deploy.store, blocking, keeper)
+
+
+def owner() -> str:
+    """For others to see: who, where, which process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a uid without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()} (pid {os.getpid()})"
+
+
+@contextlib.contextmanager
+def _signals(runner: Runner) -> Iterator[None]:
+    """The first INT or TERM stops at the next safe point; a second one ends this process, and `resume` goes on."""
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        runner.stop(signal.Signals(number).name)
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

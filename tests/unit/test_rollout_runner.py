@@ -1,0 +1,499 @@
+"""The runner: a real store, and hosts and balancers that are played."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from handoff.errors import ExitCode, HandoffError
+from lb.core.admin import (
+    Answer,
+    BackendStatus,
+    Drain,
+    PoolStatus,
+    Prepare,
+    Ready,
+    Request,
+    ServiceStatus,
+    Status,
+    Switch,
+)
+from lb.core.rollout.model import Deploy, Host
+from lb.core.rollout.progress import Run, Verdict
+from lb.rollout.fleet import Fleet
+from lb.rollout.journal import Journal
+from lb.rollout.journal import Request as Wish
+from lb.rollout.report import Lines
+from lb.rollout.runner import Paused
+from lb.rollout.session import Session
+from lb.rollout.stores.base import Fenced, Locked, StoreError
+from lb.rollout.stores.sqlite import SQLiteStore
+from lb.rollout.transport import Done, Unreachable
+
+SECONDS = 30.0
+
+
+class PlayedHost:
+    """A transport. What it runs twice under one id, it runs once."""
+
+    def __init__(self, world: World, host: Host) -> None:
+        self.name = host.name
+        self._world = world
+
+    async def execute(
+        self, service: str, token: int, operation: str, command: str, timeout: float, *, retry_lost: bool = False
+    ) -> Done:
+        world = self._world
+        if self.name in world.unreachable:
+            raise Unreachable(f"host {self.name}: connection refused")
+        if token < world.tokens.get(self.name, 0):
+            raise HandoffError(f"{service} is fenced: token {token}", ExitCode.ABORTED)
+        world.tokens[self.name] = token
+        if operation not in world.kept:
+            if world.held is not None and world.held in command:
+                world.has_come.set()
+                await world.gate.wait()
+            world.log.append(command)
+            if "reload" in command:
+                world.sick.discard(self.name)
+                world.sick |= {self.name} & world.sick_after_reload
+            world.kept[operation] = Done(1 if command in world.failing else 0, f"output of {command}")
+        return world.kept[operation]
+
+    async def stop(self, service: str, token: int, operation: str, timeout: float) -> Done:
+        raise AssertionError("nothing is ended here")
+
+    async def request(self, argv: Sequence[str], stdin: bytes, timeout: float) -> bytes:
+        return b"v1\n"
+
+    async def aclose(self) -> None:
+        self._world.closed += 1
+
+
+class PlayedBalancer:
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self._world = world
+        self.percents = {"blue": 100, "green": 0}
+        self.revision = 1
+        self.drained: set[str] = set()
+
+    async def status(self) -> Status:
+        if self.name in self._world.unreachable:
+            raise Unreachable(f"balancer {self.name}: connection refused")
+        pools: dict[str, dict[str, BackendStatus]] = {}
+        for host in self._world.deploy.hosts:
+            if host.server is not None:
+                name = host.server.rpartition("/")[2]
+                pools.setdefault(host.pool or "main", {})[name] = self._backend(host)
+        percents = self.percents if "blue" in pools else {"main": 100}
+        service = ServiceStatus(
+            listen=(),
+            algorithm="roundrobin",
+            revision=self.revision,
+            pools={name: PoolStatus(percent=percents[name], backends=backends) for name, backends in pools.items()},
+        )
+        return Status(
+            name="edge", generation=1, revision=1, is_durable=True, services={"shop": service}, relays=(), names={}
+        )
+
+    def _backend(self, host: Host) -> BackendStatus:
+        is_up = host.name not in self._world.sick
+        state = "drain" if host.server in self.drained else "ready"
+        return msgspec.convert(
+            {
+                **dict.fromkeys(("name", "address", "identity", "last_check", "override"), ""),
+                **dict.fromkeys(("connections", "total", "failed", "reset", "sent_bytes", "received_bytes"), 0),
+                "administrative": state,
+                "health": "up" if is_up else "down",
+                "is_ejected": False,
+                "weight": 1,
+                "is_eligible": is_up and state == "ready",
+                "backup": False,
+                "maxconn": None,
+                "since_seconds": 0,
+                "connect_seconds": 0,
+            },
+            BackendStatus,
+        )
+
+    async def ask(self, request: Request, timeout: float) -> Answer:
+        world = self._world
+        world.log.append(f"{self.name} {type(request).__name__.lower()}")
+        if self.name in world.unreachable:
+            raise Unreachable(f"balancer {self.name}: connection refused")
+        assert request.fence == "deploy/shop"
+        if request.token < world.tokens.get(self.name, 0):
+            return Answer(exit_code=7, message="is fenced")
+        world.tokens[self.name] = request.token
+        match request:
+            case Drain():
+                self.drained.add(request.server)
+            case Ready():
+                self.drained.discard(request.server)
+            case Prepare():
+                return Answer(exit_code=0, message="prepared", revision=self.revision)
+            case Switch():
+                if request.revision != self.revision:
+                    return Answer(exit_code=9, message=f"shop is at revision {self.revision} by now; nothing changed")
+                other = "green" if request.pool == "blue" else "blue"
+                self.percents = {request.pool: request.percent, other: 100 - request.percent}
+                self.revision += 1
+                if self.name in world.answers_lost:
+                    raise Unreachable(f"balancer {self.name}: connection lost")
+        return Answer(exit_code=0, message="done", revision=self.revision)
+
+    async def store_call(self, request: bytes, timeout: float) -> bytes:
+        raise AssertionError("the store is a file here")
+
+    async def aclose(self) -> None:
+        self._world.closed += 1
+
+
+class World:
+    """What hosts and balancers there are, what went on, what fails."""
+
+    def __init__(self, deploy: Deploy) -> None:
+        self.deploy = deploy
+        self.log: list[str] = []
+        self.kept: dict[str, Done] = {}
+        self.tokens: dict[str, int] = {}
+        self.failing: set[str] = set()
+        self.sick: set[str] = set()
+        self.sick_after_reload: set[str] = set()
+        self.unreachable: set[str] = set()
+        self.answers_lost: set[str] = set()
+        self.held: str | None = None
+        """Commands with this in them wait for the gate."""
+        self.gate, self.has_come = asyncio.Event(), asyncio.Event()
+        self.closed = 0
+        self.balancers = {name: PlayedBalancer(self, name) for name in deploy.balancers}
+
+    def fleet(self) -> Fleet:
+        return Fleet(self.deploy, self.balancers.__getitem__, lambda host: PlayedHost(self, host))
+
+
+def rolling(**fields: object) -> Deploy:
+    hosts = tuple(Host(name=name, ssh=name, server=f"shop/{name}") for name in ("a", "b", "c"))
+    commands = {"stage": "stage {version} {host}", "activate": "activate {version} {host}", "reload": "reload {host}"}
+    given = {"service": "shop", "hosts": hosts, "balancers": ("lb1", "lb2"), "bake_seconds": 0.0, **commands, **fields}
+    return Deploy(check_timeout_seconds=0.2, **given)  # type: ignore[arg-type]
+
+
+def pools(**fields: object) -> Deploy:
+    hosts = tuple(Host(name=pool, ssh=pool, server=f"shop/{pool}/{pool}") for pool in ("blue", "green"))
+    return rolling(strategy="blue-green", hosts=hosts, **fields)
+
+
+class Bench:
+    """One service, its store, and deployers one after the other."""
+
+    def __init__(self, path: Path, deploy: Deploy) -> None:
+        self.path, self.deploy = path, deploy
+        self.world = World(deploy)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Session]:
+        store = SQLiteStore(self.path / "store.db")
+        try:
+            yield Session(self.deploy, store, self.world.fleet(), Lines())
+        finally:
+            store.close()
+
+    async def deploy_version(self, version: str = "v2") -> Verdict:
+        with self.session() as session:
+            async with session.locked() as lease:
+                return await session.work(lease, await session.begin(version), is_new=True)
+
+    async def resume(self, *without: str) -> Verdict:
+        with self.session() as session:
+            async with session.locked() as lease:
+                return await session.work(lease, await session.resumable(without), is_new=False)
+
+    async def rollback(self) -> Verdict:
+        with self.session() as session:
+            async with session.locked() as lease:
+                return await session.work(lease, await session.begin_rollback(), is_new=True)
+
+    def run(self) -> Run:
+        with self.session() as session:
+            name = session.journal.latest()
+            assert name is not None
+            return session.journal.run(name)
+
+    def versions(self) -> dict[str, str]:
+        with self.session() as session:
+            return session.journal.versions()
+
+
+def play(path: Path, deploy: Deploy, scenario: Callable[[Bench], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(SECONDS):
+            await scenario(Bench(path, deploy))
+
+    asyncio.run(run())
+
+
+def test_a_rolling_run_drains_changes_and_takes_in_one_host_after_the_other(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert await bench.deploy_version() is Verdict.COMMITTED
+        each = ["lb1 drain", "lb2 drain", "stage v2 {}", "activate v2 {}", "reload {}", "lb1 ready", "lb2 ready"]
+        assert bench.world.log == [line.format(host) for host in "abc" for line in each]
+        assert bench.versions() == dict.fromkeys("abc", "v2")
+        run = bench.run()
+        assert (run.verdict, run.version, run.kind) == (Verdict.COMMITTED, "v2", "deploy")
+
+    play(tmp_path, rolling(drain=True), scenario)
+
+
+def test_a_failure_leads_the_touched_hosts_back_to_the_version_that_they_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.failing = {"activate v2 b"}
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert bench.world.log[-4:] == ["activate v1 b", "reload b", "activate v1 a", "reload a"]
+        assert not any(" c" in line for line in bench.world.log)
+        assert bench.versions() == {"a": "v1", "b": "v1"}
+        assert bench.run().reason == f"b: activate exited with status 1 (operation {bench.run().id}.b2.activate.b)"
+
+    play(tmp_path, rolling(current="cat version"), scenario)
+    printed = capsys.readouterr().out
+    assert "  b | output of activate v2 b" in printed
+    assert "shop: deploy of v2: rolled back: b: activate exited with status 1" in printed
+
+
+def test_what_a_command_printed_is_in_no_journal(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.failing = {"stage v2 a"}
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+
+    play(tmp_path, rolling(), scenario)
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.db")) as database:
+        values = [bytes(value) for (value,) in database.execute("select value from entries")]
+    assert values
+    assert not any(b"output of" in value for value in values)
+
+
+def test_an_unhealthy_new_version_goes_back(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.sick_after_reload = {"a"}
+        assert await bench.deploy_version() is Verdict.PARTIAL, "the old one is as sick"
+        assert "a: is down on lb1" in bench.run().note
+        bench.world.sick = set()  # somebody has mended it
+        assert await bench.resume() is Verdict.ROLLED_BACK
+
+    play(tmp_path, rolling(current="cat version"), scenario)
+
+
+def test_blue_green_switches_all_balancers_and_one_rollback_switches_back(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert await bench.deploy_version() is Verdict.COMMITTED
+        prepared = ["lb1 prepare", "lb2 prepare"]
+        assert bench.world.log[:3] == ["stage v2 green", "activate v2 green", "reload green"]
+        assert sorted(bench.world.log[3:5]) == prepared
+        assert [one.percents["green"] for one in bench.world.balancers.values()] == [100, 100]
+        assert await bench.rollback() is Verdict.COMMITTED
+        assert [one.percents["blue"] for one in bench.world.balancers.values()] == [100, 100]
+        assert bench.run().kind == "rollback"
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_a_balancer_that_is_cut_off_in_a_switch_is_led_back_when_it_is_there_again(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.answers_lost = {"lb2"}
+        assert await bench.deploy_version() is Verdict.PARTIAL, "nor does its way back answer"
+        assert bench.world.balancers["lb1"].percents["blue"] == 100
+        bench.world.answers_lost = set()
+        assert await bench.resume() is Verdict.ROLLED_BACK
+        assert bench.world.balancers["lb2"].percents["blue"] == 100
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_a_dead_balancer_is_left_out_by_name_and_that_is_journalled(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.failing = {"reload b"}
+        bench.world.sick_after_reload = {"b"}
+        assert await bench.deploy_version() is Verdict.PARTIAL
+        bench.world.unreachable = {"lb2"}
+        bench.world.failing, bench.world.sick_after_reload = set(), set()
+        assert await bench.resume() is Verdict.PARTIAL
+        assert await bench.resume("lb2") is Verdict.ROLLED_BACK
+        assert list(bench.run().without) == ["lb2"]
+
+    play(tmp_path, rolling(current="cat version"), scenario)
+
+
+class Killed(BaseException):
+    """Nothing handles it."""
+
+
+async def was_killed(bench: Bench, at: int) -> bool:
+    """A deployer that dies at a write to the journal: before it, or, at even numbers, right behind it."""
+    writes = itertools.count(2)
+    with bench.session() as session:
+        store = session.store
+        real = store.txn
+
+        def txn(*arguments: object, **named: object) -> int | None:
+            number = next(writes)
+            if number == at:
+                raise Killed
+            found = real(*arguments, **named)  # type: ignore[arg-type]
+            if number + 1 == at and at % 2 == 0:
+                raise Killed
+            return found
+
+        store.txn = txn  # type: ignore[method-assign, assignment]
+        lease = store.lock("deploy/shop", "dead", 1000.0)
+        try:
+            await session.work(lease, await session.begin("v2"), is_new=True)
+        except Killed:
+            store._database.execute("update locks set ends = 0")  # type: ignore[attr-defined]  # the time passes
+            return True
+        store.release(lease)
+    return False
+
+
+@pytest.mark.parametrize("deploy", [rolling(drain=True), pools()], ids=["rolling", "blue-green"])
+def test_a_deployer_that_is_killed_at_any_write_is_followed_by_one_that_ends_well(
+    tmp_path: Path, deploy: Deploy
+) -> None:
+    lived = False
+
+    async def scenario(bench: Bench) -> None:
+        nonlocal lived
+        lived = not await was_killed(bench, at)
+        if not lived:
+            with bench.session() as session:
+                has_begun = session.journal.latest() is not None
+            assert await (bench.resume() if has_begun else bench.deploy_version()) is Verdict.COMMITTED
+        commands = [line for line in bench.world.log if not line.startswith("lb")]
+        assert len(commands) == len(set(commands)), "nothing is done twice"
+        assert set(bench.versions().values()) == {"v2"}
+        assert bench.run().verdict is Verdict.COMMITTED
+
+    for at in range(2, 200):
+        play(tmp_path / str(at), deploy, scenario)
+        if lived:
+            break
+    assert lived
+    assert at > 15, "many places to die"
+
+
+def test_whoever_does_not_hold_the_lock_is_told_who_does(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.held = "stage"
+        first = asyncio.ensure_future(bench.deploy_version())
+        await bench.world.has_come.wait()
+        with pytest.raises(
+            Locked, match=r"deploy/shop: is locked by .* \(pid \d+\) since .*Z, until .*Z at the earliest"
+        ):
+            await bench.deploy_version("v3")
+        bench.world.gate.set()
+        assert await first is Verdict.COMMITTED
+        with bench.session() as session:
+            assert session.store.holder("deploy/shop") is None
+
+    play(tmp_path, rolling(), scenario)
+
+
+@pytest.mark.parametrize("wants", ["pause", "abort"])
+def test_somebody_else_has_a_run_paused_or_aborted_at_a_safe_point(
+    tmp_path: Path, wants: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lb.rollout.runner.REQUEST_SECONDS", 0.01)
+
+    async def scenario(bench: Bench) -> None:
+        heard, loop, real = asyncio.Event(), asyncio.get_running_loop(), Journal.request
+
+        def request(journal: Journal, run: str) -> Wish | None:
+            found = real(journal, run)
+            if found is not None:
+                loop.call_soon_threadsafe(heard.set)
+            return found
+
+        monkeypatch.setattr(Journal, "request", request)
+        bench.world.held = "activate v2 b"
+        first = asyncio.ensure_future(bench.deploy_version())
+        await bench.world.has_come.wait()
+        with bench.session() as session:
+            session.journal.ask(Wish(run=bench.run().id, wants=wants, who="bob"))
+        await heard.wait()
+        bench.world.held = None
+        bench.world.gate.set()
+        if wants == "abort":
+            assert await first is Verdict.ABORTED
+            assert bench.run().reason == "aborted by bob"
+            assert bench.world.log[-1] == "reload a"
+            return
+        with pytest.raises(Paused, match="is paused: by bob; go on with handoff deploy resume"):
+            await first
+        with pytest.raises(HandoffError, match="is not finished; handoff deploy resume, or abort"):
+            await bench.deploy_version("v3")
+        assert await bench.resume() is Verdict.COMMITTED
+        assert len(bench.world.log) == len(set(bench.world.log)), "nothing twice"
+
+    play(tmp_path, rolling(current="cat version"), scenario)
+
+
+def test_a_deployer_that_has_lost_its_lock_stops_and_changes_nothing_any_more(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.held = "stage v2 b"
+        first = asyncio.ensure_future(bench.deploy_version())
+        await bench.world.has_come.wait()
+        with bench.session() as session:
+            database = session.store._database  # type: ignore[attr-defined]
+            database.execute("update locks set ends = 0")  # as if it had been stopped for so long
+        bench.world.held = None
+        other = await bench.resume()
+        bench.world.gate.set()
+        with pytest.raises(Fenced, match=r"has ended; somebody else may be at work"):
+            await first
+        assert other is Verdict.COMMITTED
+
+    play(tmp_path, rolling(), scenario)
+
+
+def test_without_its_store_a_run_stops_with_a_clear_word(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.held = "stage v2 b"
+        with bench.session() as session:
+
+            async def work() -> Verdict:
+                async with session.locked() as lease:
+                    return await session.work(lease, await session.begin("v2"), is_new=True)
+
+            first = asyncio.ensure_future(work())
+            await bench.world.has_come.wait()
+
+            def gone(*_: object, **__: object) -> int:
+                raise StoreError("store lb1: connection refused")
+
+            session.store.txn = gone  # type: ignore[method-assign, assignment]
+            bench.world.gate.set()
+            with pytest.raises(StoreError, match="store lb1: connection refused"):
+                await first
+
+    play(tmp_path, rolling(), scenario)
+
+
+def test_the_time_of_a_run_is_told_in_its_history(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        began = time.time()
+        await bench.deploy_version()
+        run = bench.run()
+        assert run.ended_at is not None
+        assert began <= run.began_at <= run.ended_at <= time.time()
+
+    play(tmp_path, rolling(), scenario)
