@@ -1,0 +1,1 @@
+"""The deployer's side: plans, journal, stores, and how hosts and balancers are reached."""
