@@ -90,7 +90,7 @@ def answer_of(operation: Operation) -> Answer:
             output = f"[{result.left_out_bytes} bytes before this are left out]\n{output}"
         return Answer(operation.id, "done", result.exit_code, output, result.seconds)
     if started is None:
-        raise HandoffError(f"operation {operation.id}: has not been started; ask for it", ExitCode.REFUSED)
+        raise HandoffError(f"operation {operation.id}: has not been started; ask for it, or again", ExitCode.REFUSED)
     output = operation.output().decode("utf-8", "replace")
     if is_running:
         return Answer(operation.id, "running", None, output, max(0.0, time.time() - started.started))

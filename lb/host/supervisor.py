@@ -29,13 +29,14 @@ _MAXIMUM_DRAIN_BYTES = 1024 * 1024
 _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS, _MAXIMUM_RETRIES = 1.0, 60.0, 60
 """For a result that cannot be written: the disk is full."""
 _MAXIMUM_MESSAGE_BYTES = 4096
-_IT_RUNS = "runs"
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 """As in a shell."""
 
 
 def start(operation: Operation, lock_fd: int, argv: tuple[str, ...], environ: Mapping[str, str]) -> None:
-    """When this returns the command runs. Takes ownership of the lock. Raises HandoffError: nothing of it has run.
+    """When this returns the command runs, or its records say otherwise: its supervisor may be killed at any moment.
+
+    Takes ownership of the lock. Raises HandoffError: nothing of it has run.
 
     To be called in a process without other threads.
     """
@@ -53,9 +54,9 @@ def start(operation: Operation, lock_fd: int, argv: tuple[str, ...], environ: Ma
         os.close(tell)
     with open(told, "rb") as file:
         problem = file.read(_MAXIMUM_MESSAGE_BYTES).decode("utf-8", "replace")
-    if problem != _IT_RUNS:
-        reason = problem or "its supervisor was killed"
-        raise HandoffError(f"operation {operation.id}: cannot be started: {reason}; nothing of it has run, try again")
+    if problem:
+        text = f"{problem[:1].lower()}{problem[1:]}; nothing of it has run, try again"
+        raise HandoffError(f"operation {operation.id}: cannot be started: {text}")
 
 
 def _live(operation: Operation, lock_fd: int, tell: int, argv: tuple[str, ...], environ: Mapping[str, str]) -> NoReturn:
@@ -72,7 +73,6 @@ def _live(operation: Operation, lock_fd: int, tell: int, argv: tuple[str, ...], 
         except OSError as error:
             os.write(tell, (error.strerror or str(error)).encode()[:_MAXIMUM_MESSAGE_BYTES])
             raise
-        os.write(tell, _IT_RUNS.encode())
         os.close(tell)
         os.chdir("/")
         watch.run()

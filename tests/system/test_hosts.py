@@ -154,7 +154,7 @@ def test_stdin_goes_there_and_the_exit_code_comes_back(sshd: Sshd) -> None:
     async def scenario() -> None:
         host = reach(sshd)
         assert await host.request(["cat"], b"x" * 300_000, SECONDS) == b"x" * 300_000
-        with pytest.raises(HandoffError, match="^box: no such thing$") as caught:
+        with pytest.raises(HandoffError, match=r"^box: no such thing$") as caught:
             await host.request(["sh", "-c", "echo one >&2; echo no such thing >&2; exit 5"], b"", SECONDS)
         assert caught.value.exit_code == ExitCode.NO_SUCH_SERVICE
         assert (await host.request(["handoff", "--version"], b"", SECONDS)).startswith(b"handoff, version ")
@@ -172,7 +172,7 @@ def test_a_host_that_refuses_connections_is_unreachable(sshd: Sshd, tmp_path: Pa
 
         async def scenario() -> None:
             host = reach(sshd, ssh_config=str(config))
-            with pytest.raises(Unreachable, match="^box: cannot be reached: .*Connection refused"):
+            with pytest.raises(Unreachable, match=r"^box: cannot be reached: .*Connection refused"):
                 await host.execute("none", 1, "never", "true", SECONDS)
             await host.aclose()
 
@@ -185,7 +185,7 @@ def test_a_host_that_does_not_let_us_in_is_not_tried_again(sshd: Sshd, tmp_path:
 
     async def scenario() -> None:
         host = reach(sshd, ssh_config=str(config))
-        with pytest.raises(AccessDenied, match="^box: cannot be reached: .*Permission denied"):
+        with pytest.raises(AccessDenied, match=r"^box: cannot be reached: .*Permission denied"):
             await host.execute("none", 1, "never", "true", SECONDS)
         await host.aclose()
 
@@ -195,7 +195,7 @@ def test_a_host_that_does_not_let_us_in_is_not_tried_again(sshd: Sshd, tmp_path:
 def test_a_host_without_handoff_says_so(sshd: Sshd) -> None:
     async def scenario() -> None:
         host = reach(sshd, handoff="/nowhere/handoff")
-        with pytest.raises(HandoffError, match="^box: .*/nowhere/handoff.*; say where it is there, or install it$"):
+        with pytest.raises(HandoffError, match=r"^box: .*/nowhere/handoff.*; say where it is there, or install it$"):
             await host.execute("none", 1, "never", "true", SECONDS)
         await host.aclose()
 
@@ -253,7 +253,7 @@ def test_an_older_token_is_refused(sshd: Sshd) -> None:
     async def scenario() -> None:
         host = reach(sshd)
         assert (await host.execute("fenced", 5, "new", "true", SECONDS)).exit_code == 0
-        with pytest.raises(HandoffError, match="^box: service fenced: is fenced: token 4 is older than 5") as caught:
+        with pytest.raises(HandoffError, match=r"^box: service fenced: is fenced: token 4 is older than 5") as caught:
             await host.execute("fenced", 4, "old", "true", SECONDS)
         assert caught.value.exit_code == ExitCode.ABORTED
         await host.aclose()
@@ -280,14 +280,15 @@ def test_many_hosts_are_reached_in_parallel_and_no_more_at_once_than_said(
 
     async def scenario() -> list[Done]:
         gate = asyncio.Semaphore(2)
-        hosts = [reach(sshd, f"web{number}", gate=gate) for number in range(4)]
+        hosts = [reach(sshd, f"web{number}", gate=gate) for number in range(3)]
         calls = (host.execute("many", 1, f"many-{host.name}", f"echo {host.name}", SECONDS) for host in hosts)
         found = await asyncio.gather(*calls)
-        await asyncio.gather(*(host.aclose() for host in hosts))
+        for host in hosts:
+            await host.aclose()
         return found
 
-    assert run(scenario()) == [Done(0, f"web{number}\n") for number in range(4)]
-    assert most >= 2  # closing is not bounded
+    assert run(scenario()) == [Done(0, f"web{number}\n") for number in range(3)]
+    assert most == 2
     assert not now
 
 
@@ -301,15 +302,16 @@ def test_closing_ends_the_connection_and_leaves_no_file(
     async def scenario() -> None:
         host = reach(sshd)
         await host.request(["true"], b"", SECONDS)
-        (directory,) = tmp_path.iterdir()
-        assert directory.stat().st_mode & 0o777 == 0o700
+        (name,) = os.listdir(tmp_path)
+        directory = f"{tmp_path}/{name}"
+        assert os.stat(directory).st_mode & 0o777 == 0o700
         command = ["ssh", "-F", sshd.config, "-o", f"ControlPath={directory}/0", "-O", "check", "box"]
         said = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True, timeout=60)
         pid = int(said.stderr.partition("pid=")[2].partition(")")[0])
         connection = psutil.Process(pid)
         await host.aclose()
         await asyncio.to_thread(connection.wait, 60)
-        assert list(tmp_path.iterdir()) == []
+        assert os.listdir(tmp_path) == []
         await host.aclose()
 
     run(scenario())
