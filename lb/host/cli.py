@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from handoff.cli.options import Duration
-from lb.host.execute import LOCK_SECONDS, Asked, default_deadline, execute, stop
+from lb.host.execute import LOCK_SECONDS, Asked, deadline_of, execute, stop
 from lb.host.state import MAXIMUM_TOKEN, ServiceState, prepared_root
 
 
@@ -48,7 +48,7 @@ def exec_(
     service: str, token: int, operation: str, timeout: float | None, retry_lost: bool, command: tuple[str, ...]
 ) -> int:
     """Run COMMAND once, detached, and wait for it; a second call joins it, or answers what is kept."""
-    asked = Asked(token, operation, command, default_deadline(timeout), retry_lost, os.environ)
+    asked = Asked(token, operation, command, deadline_of(timeout), retry_lost, os.environ)
     answer = execute(_state_of(service), asked)
     click.echo(msgspec.json.encode(answer))
     return answer.status()
@@ -61,7 +61,7 @@ def exec_(
 @_timeout
 def stop_(service: str, token: int, operation: str, timeout: float | None) -> int:
     """End a command that runs: TERM to its process group, KILL after 10 s; answers as exec does."""
-    answer = stop(_state_of(service), operation, token, default_deadline(timeout))
+    answer = stop(_state_of(service), operation, token, deadline_of(timeout))
     click.echo(msgspec.json.encode(answer))
     return answer.status()
 
@@ -75,7 +75,7 @@ def stop_(service: str, token: int, operation: str, timeout: float | None) -> in
 def forget(service: str, older_than: float, keep: int) -> None:
     """Forget operations that ended, or were lost, long ago; their ids then name nothing any more."""
     state = _state_of(service)
-    with state.locked(default_deadline(LOCK_SECONDS)):
+    with state.locked(deadline_of(LOCK_SECONDS)):
         gone, left = state.forget(older_than, keep)
     click.echo(f"{service}: forgot {gone} operations, kept {left}")
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from handoff.durations import format_duration
+from handoff.durations import MAX_DURATION_SECONDS, format_duration
 from handoff.errors import ExitCode, HandoffError, UsageError
 from handoff.resolve import clean_environment
 from lb.host.operation import Operation, Request, Started
@@ -142,6 +142,6 @@ def _digest(argv: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(argv).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def default_deadline(timeout_seconds: float | None) -> float:
-    """Monotonic; None: as long as it takes."""
-    return float("inf") if timeout_seconds is None else time.monotonic() + timeout_seconds
+def deadline_of(timeout_seconds: float | None) -> float:
+    """Monotonic; None: as long as it takes, and that is a week."""
+    return time.monotonic() + (MAX_DURATION_SECONDS if timeout_seconds is None else timeout_seconds)

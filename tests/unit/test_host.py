@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -79,9 +80,13 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, Any]:
 
 
 def kill(pid: int) -> None:
-    process = psutil.Process(pid)
-    process.kill()
-    process.wait(SECONDS)
+    """When this returns it is dead, if not reaped."""
+    fd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([fd], [], [], SECONDS)[0]
+    finally:
+        os.close(fd)
 
 
 @pytest.fixture
