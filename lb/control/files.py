@@ -35,7 +35,7 @@ def write_atomically(path: Path, data: bytes, *, is_durable: bool) -> None:
             os.unlink(temporary)
         raise
     if is_durable:
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def read_decoded(path: Path, decode: Callable[[bytes], _T]) -> _T | None:
@@ -79,7 +79,8 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """What was made, renamed or removed in it is on the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
