@@ -14,7 +14,7 @@ from handoff.env_file import read_small_file
 from handoff.errors import ExitCode, HandoffError, UsageError
 from lb.core.rollout.model import Deploy
 from lb.core.rollout.plan import CannotPlan
-from lb.core.rollout.progress import Run, Verdict, can_turn_back
+from lb.core.rollout.progress import Run, can_turn_back
 from lb.core.version_label import is_version
 from lb.rollout.config import parse_deploy, with_strategy
 from lb.rollout.journal import Request
@@ -40,8 +40,13 @@ _WITHOUT = click.option(
 )
 
 
-class _Versions(click.Group):
-    """What is no command is the version to roll out."""
+class _Program(click.Group):
+    """What is no command is the version to roll out. A program of its own, too: `python -m lb.rollout`."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        from handoff.cli.commands import run_command
+
+        raise SystemExit(run_command(self))
 
     def resolve_command(
         self, context: click.Context, args: list[str]
@@ -51,7 +56,12 @@ class _Versions(click.Group):
         return super().resolve_command(context, args)
 
 
-@click.group("deploy", cls=_Versions, subcommand_metavar="VERSION | COMMAND [ARGS]…")
+@click.group(
+    cls=_Program,
+    name="deploy",
+    subcommand_metavar="VERSION | COMMAND [ARGS]…",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 def main() -> None:
     """Roll a version out over many hosts: handoff deploy VERSION, or one of the commands below."""
 
@@ -241,5 +251,3 @@ def _print_json(value: Any) -> None:
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
 
-
-__all__ = ["Verdict", "main"]
