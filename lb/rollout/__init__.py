@@ -1,0 +1,1 @@
+"""Rollouts over many hosts: a plan, a journal, stores, and the way to hosts and balancers."""
