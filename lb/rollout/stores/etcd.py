@@ -183,10 +183,11 @@ class EtcdStore:
 
     def lock(self, name: str, owner: str, seconds: float) -> Lease:
         refuse_lock(name, owner, seconds)
-        self._refuse_locked(name, self._now(name))
+        now = self._now(name)
+        self._refuse_locked(name, now)
         granted = self._ask("/v3/lease/grant", {"TTL": str(math.ceil(seconds)), "ID": "0"}, _Granted)
         try:
-            token = self._take(name, owner, granted.ID)
+            token = self._take(name, owner, granted.ID, now)
         except Locked:
             self._revoke(granted.ID)
             raise
@@ -243,12 +244,10 @@ class EtcdStore:
         if holder is not None:
             raise Locked(name, holder)
 
-    def _take(self, name: str, owner: str, lease: int) -> int:
+    def _take(self, name: str, owner: str, lease: int, now: _Now) -> int:
         """The token. Raises Locked, StoreError."""
         lock, holder = self._at("lock", name), self._at("holder", name)
         for _ in range(MAXIMUM_RACES):
-            now = self._now(name)
-            self._refuse_locked(name, now)
             wall = time.time()
             token = next_token(0 if now.taken is None else now.taken.token, wall)
             taken = msgspec.json.encode(_Taken(one_line(owner), token, wall))
@@ -260,10 +259,12 @@ class EtcdStore:
             done = self._ask("/v3/kv/txn", body, _Done)
             if done.succeeded:
                 return token
-            found = self._read(done, name).lock
-            if found is not None and found.lease == lease and found.value == str(token).encode():
+            now = self._read(done, name)
+            if now.lock is not None and now.lock.lease == lease and now.lock.value == str(token).encode():
                 return token  # it was taken at a try that we saw no answer of
-            self._gateway.pause()
+            self._refuse_locked(name, now)
+            if now.lock is not None:  # it has ended, and is removed in a moment
+                self._gateway.pause()
         raise self._gateway.error(f"lock {name}: too many take it at once; try again")
 
     def _holder(self, now: _Now) -> Holder | None:
