@@ -17,7 +17,8 @@ from lb.control.commands import Commands
 from lb.control.controller import Controller
 from lb.control.metrics import Metrics
 from lb.control.status import status_of, unknown_names
-from lb.core.admin import MAXIMUM_REQUEST_BYTES, Answer, Request
+from lb.control.store_api import StoreApi
+from lb.core.admin import MAXIMUM_REQUEST_BYTES, STORE_PATH, Answer, Request
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -50,10 +51,11 @@ class Reply(NamedTuple):
 
 
 class Admin:
-    """What both doors lead to. Borrows the controller."""
+    """What both doors lead to. Borrows the controller, and the store of rollouts."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, store_api: StoreApi) -> None:
         self._controller = controller
+        self._store_api = store_api
         self._commands = Commands(controller)
         self._metrics = Metrics(controller)
         self.is_draining = False
@@ -86,11 +88,13 @@ class Admin:
         if method != "POST":
             return problem(405, 2, f"{method}: expected GET or POST")
         command = path.removeprefix("/v1/")
-        if command not in COMMANDS or not path.startswith("/v1/"):
+        if path != STORE_PATH and (command not in COMMANDS or not path.startswith("/v1/")):
             return problem(404, 2, f"{path}: no such command; there are {', '.join(COMMANDS)}")
         body = await _body(receive)
         if body is None:
             return problem(413, 2, f"a request of more than {MAXIMUM_REQUEST_BYTES} bytes")
+        if path == STORE_PATH:
+            return Reply(200, await self._store_api.reply(body))
         try:
             request = _REQUEST.decode(_tagged(body, command))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -15,6 +15,7 @@ from lb.control.relays import Relays
 from lb.control.resolver import Resolver
 from lb.control.server import AdminServer
 from lb.control.store import Store
+from lb.control.store_api import FILE_NAME, StoreApi
 from lb.core.model import TYPED, Balancer
 from lb.core.wire import PAGE_NAME
 from lb.page import Page
@@ -39,7 +40,8 @@ async def main(worker: AsyncWorker, resolver: Resolver | None = None) -> None:
     )
     if arguments.shown != TYPED:
         controller.file = arguments.shown
-    server = AdminServer(Admin(controller), arguments.balancer, directory, worker.listeners)
+    store_api = StoreApi(Path(arguments.state) / FILE_NAME)
+    server = AdminServer(Admin(controller, store_api), arguments.balancer, directory, worker.listeners)
     try:
         await relays.open()
         await server.open()
@@ -47,12 +49,14 @@ async def main(worker: AsyncWorker, resolver: Resolver | None = None) -> None:
             controller.start(tasks)
             if await worker.ready():
                 await worker.drained()
+            store_api.end_watches()
             await server.close()
             raise _Ended
     except* _Ended:
         pass
     finally:
         controller.end()
+        store_api.close()
         relays.close()
         page.close()
 

@@ -15,6 +15,8 @@ from typing import Literal, TypeAlias
 import msgspec
 
 SOCKET_NAME = "admin.sock"
+STORE_PATH = "/v1/store"
+"""Takes what `lb.rollout.stores.remote` says, a write whatever it is; answered with 200, errors too."""
 MAXIMUM_REQUEST_BYTES = 4 * 1024 * 1024
 
 
