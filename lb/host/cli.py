@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import click
@@ -11,6 +12,9 @@ import msgspec
 from handoff.cli.options import Duration
 from lb.host.execute import LOCK_SECONDS, Asked, deadline_of, execute, stop
 from lb.host.state import MAXIMUM_TOKEN, ServiceState, prepared_root
+
+STORE_NAME = "rollouts.db"
+MAXIMUM_STORE_REQUEST_BYTES = 16 * 1024 * 1024
 
 
 class _Program(click.Group):
@@ -78,6 +82,20 @@ def forget(service: str, older_than: float, keep: int) -> None:
     with state.locked(deadline_of(LOCK_SECONDS)):
         gone, left = state.forget(older_than, keep)
     click.echo(f"{service}: forgot {gone} operations, kept {left}")
+
+
+@main.command()
+def store() -> None:
+    """Keep the journal and the lock of rollouts without a balancer: one request on stdin, its answer on stdout."""
+    from lb.rollout.stores import SQLiteStore, answer
+
+    request = sys.stdin.buffer.read(MAXIMUM_STORE_REQUEST_BYTES)
+    kept = SQLiteStore(prepared_root(os.environ, os.geteuid()) / STORE_NAME)
+    try:
+        sys.stdout.buffer.write(answer(kept, request) + b"\n")
+        sys.stdout.buffer.flush()
+    finally:
+        kept.close()
 
 
 def _state_of(service: str) -> ServiceState:

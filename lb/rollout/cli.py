@@ -250,4 +250,3 @@ def _with_session(deploy: Deploy, work: Callable[[Session], Awaitable[int]], rep
 def _print_json(value: Any) -> None:
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
-

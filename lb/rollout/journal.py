@@ -63,20 +63,20 @@ class Journal:
     def records(self, name: str) -> dict[str, Record]:
         """Of its steps, by their ids."""
         found = {}
-        for entry in self._store.entries(f"{self._root}/steps/{name}/"):
+        for entry in self._store.list(f"{self._root}/steps/{name}/"):
             record = msgspec.json.decode(entry.value, type=Record)
             found[record.step] = record
         return found
 
     def runs(self) -> list[Run]:
         """All that are kept, the newest first."""
-        found = [_decoded(one.value, one.key) for one in self._store.entries(f"{self._root}/runs/")]
+        found = [_decoded(one.value, one.key) for one in self._store.list(f"{self._root}/runs/")]
         return sorted(found, key=lambda one: one.id, reverse=True)
 
     def versions(self) -> dict[str, str]:
         """Of the hosts, as the last runs left them; one that is not known is left out."""
         prefix = f"{self._root}/hosts/"
-        return {one.key.removeprefix(prefix): one.value.decode() for one in self._store.entries(prefix) if one.value}
+        return {one.key.removeprefix(prefix): one.value.decode() for one in self._store.list(prefix) if one.value}
 
     def request(self, run: str) -> Request | None:
         """What somebody wants of this run."""
@@ -122,7 +122,7 @@ class Journal:
         self._store.txn(lease, {}, {}, deletes=[self._request])
 
     def forget(self, lease: Lease, name: str) -> None:
-        keys = [one.key for one in self._store.entries(f"{self._root}/steps/{name}/")]
+        keys = [one.key for one in self._store.list(f"{self._root}/steps/{name}/")]
         keys.append(f"{self._root}/runs/{name}")
         for at in range(0, len(keys), RECORDS_AT_ONCE):
             self._store.txn(lease, {}, {}, deletes=keys[at : at + RECORDS_AT_ONCE])

@@ -23,11 +23,10 @@ from lb.rollout.fleet import Fleet
 from lb.rollout.journal import Journal
 from lb.rollout.report import Report
 from lb.rollout.runner import Runner
-from lb.rollout.stores import open_store
-from lb.rollout.stores.base import Lease, Store
+from lb.rollout.stores import Lease, RemoteStore, Store, open_store
 from lb.rollout.transport import transport_for
 
-STORE_SECONDS = 20.0
+STORE_SECONDS = 45.0
 """For one call of a store that a balancer or a host keeps."""
 
 
@@ -174,8 +173,10 @@ def _store(deploy: Deploy, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> Sto
     def blocking(request: bytes) -> bytes:
         return asyncio.run_coroutine_threadsafe(call(request), loop).result()
 
-    keeper = deploy.balancers[0] if deploy.balancers else deploy.hosts[0].name
-    return open_store(deploy.store, blocking, keeper)
+    if deploy.store != "balancer":
+        return open_store(deploy.store)
+    keeper = f"balancer {deploy.balancers[0]}" if deploy.balancers else f"host {deploy.hosts[0].name}"
+    return RemoteStore(blocking, keeper)
 
 
 def owner() -> str:
