@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from lb.core.model import HelloRoute
+
 SOCKET_NAME = "admin.sock"
 MAXIMUM_REQUEST_BYTES = 4 * 1024 * 1024
 
@@ -154,6 +156,8 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     percent: int
+    is_routed: bool = False
+    """A route leads to it, whatever its percentage."""
     backends: dict[str, BackendStatus]
 
 
@@ -162,6 +166,9 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: str
     revision: int
     pools: dict[str, PoolStatus]
+    tls: str = "accept"
+    routes: tuple[HelloRoute, ...] = ()
+    """By SNI and ALPN, in their order."""
 
 
 class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
