@@ -15,8 +15,9 @@ from handoff.option_table import is_service_name, shown_value
 from lb.check_rules import OF_TYPE, refusal
 from lb.core.algorithms import ALGORITHMS
 from lb.core.choice import MAXIMUM_WEIGHT
-from lb.core.model import Backend, Balancer, Check, Ejection, Service, Timeouts
+from lb.core.model import Backend, Balancer, Check, Ejection, HelloRoute, Service, Timeouts
 from lb.positions import Path, Positions
+from lb.route_rules import MAXIMUM_ROUTES, ROUTE, useless
 from lb.tables import Read, TableReader
 from lb.tables import choice as _choice
 from lb.tables import duration as _duration
@@ -94,9 +95,30 @@ class _Reader(TableReader):
         timeouts = Timeouts(**self._fields((*path, "timeouts"), inner.get("timeouts", {}), _TIMEOUTS))
         check, agent = self._service_checks(path, inner, pools)
         ejection = Ejection(**self._fields((*path, "ejection"), inner.get("ejection", {}), _EJECTION))
+        own |= {"routes": self._routes((*path, "route"), inner.get("route", []), pools)}
         return Service(
             pools=pools, active=active, timeouts=timeouts, check=check, agent=agent, ejection=ejection, **own
         )
+
+    def _routes(self, path: Path, listed: Any, pools: Mapping[str, object]) -> tuple[HelloRoute, ...]:
+        if not isinstance(listed, list) or len(listed) > MAXIMUM_ROUTES:
+            self._fail(path, "route", f"expected tables [[service.route]], at most {MAXIMUM_ROUTES}")
+        found: list[HelloRoute] = []
+        for index, table in enumerate(listed):
+            inside = (*path, index)
+            self._expect_table(inside, table, "route")
+            values = self._fields(inside, table, ROUTE)
+            if "pool" not in values:
+                self._fail(inside, "pool", "is missing")
+            if not values.keys() & {"sni", "alpn"}:
+                self._fail(inside, "route", 'has neither sni nor alpn; for every TLS connection write sni = "*"')
+            one = HelloRoute(**values)
+            if one.pool not in pools:
+                self._fail((*inside, "pool"), "pool", f"there is no pool {one.pool}; there are {', '.join(pools)}")
+            found.append(one)
+        if (wrong := useless(found)) is not None:
+            self._fail((*path, wrong[0], "sni"), wrong[1], "is taken by earlier routes; put this one ahead of them")
+        return tuple(found)
 
     def _shared_checks(self, table: Any) -> dict[str, Check]:
         self._expect_table(("check",), table)
@@ -288,12 +310,13 @@ _SERVICE: dict[str, tuple[str, Read]] = {
     "send_proxy": ("send_proxy", _choice("off", "v1", "v2")),
     "accept_proxy": ("accept_proxy", _choice("off", "accept", "require")),
     "proxy_from": ("proxy_from", _read_networks),
+    "tls": ("tls", _choice("accept", "require")),
     "maximum_queue": ("maximum_queue", _number(0, 1_000_000)),
     "per_source": ("per_source", _number(1, 1_000_000)),
     "slow_start": ("slow_start_seconds", _duration),
     "panic_percent": ("panic_percent", _number(0, 100)),
 }
-_TABLES_OF_SERVICE = ("pool", "timeouts", "check", "agent", "ejection")
+_TABLES_OF_SERVICE = ("pool", "route", "timeouts", "check", "agent", "ejection")
 _BACKEND: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
     "address": ("address", _read_address),
@@ -310,6 +333,7 @@ _TIMEOUTS: dict[str, tuple[str, Read]] = {
     "tunnel": ("tunnel_seconds", _duration_or_none),
     "drain": ("drain_seconds", _duration_or_none),
     "spread": ("spread_seconds", _duration),
+    "client_hello": ("client_hello_seconds", _duration),
 }
 _EJECTION: dict[str, tuple[str, Read]] = {
     "failures": ("failures", _number(0, 1000)),

@@ -23,7 +23,10 @@ class Positions:
             header = _HEADER.fullmatch(line)
             if header is not None:
                 if header[1]:
-                    counts[header[2]] += 1
+                    name = ".".join(_PART.findall(header[2]))
+                    counts[name] += 1
+                    for inner in [one for one in counts if one.startswith(f"{name}.")]:
+                        del counts[inner]  # the tables within the new one are counted anew
                 table = _path(header[2], counts)
                 for length in range(1, len(table) + 1):  # [check.web] begins the table "check", if nothing has before
                     self._lines.setdefault(table[:length], number)

@@ -40,9 +40,9 @@ class TableReader:
                 self._fail((*path, key), key, error.message)
         return values
 
-    def _expect_table(self, path: Path, table: Any) -> None:
+    def _expect_table(self, path: Path, table: Any, subject: str | None = None) -> None:
         if not isinstance(table, dict):
-            self._fail(path, str(path[-1]), "expected a table")
+            self._fail(path, subject or str(path[-1]), "expected a table")
 
     def _refuse_unknown(self, path: Path, table: dict[str, Any], known: set[str]) -> None:
         for key in table:

@@ -12,7 +12,8 @@ from handoff.durations import format_duration
 from handoff.errors import ExitCode
 from lb.cli.client import ask_status
 from lb.cli.options import balancer_options, find_balancer
-from lb.core.admin import BackendStatus, NameStatus, ServiceStatus, Status
+from lb.core.admin import BackendStatus, NameStatus, PoolStatus, ServiceStatus, Status
+from lb.core.model import HelloRoute
 
 MINIMUM_WIDTH = 140
 HEADINGS = ("service", "pool", "%", "backend", "address", "state", "health", "weight", "conns", "total", "failed")
@@ -62,9 +63,17 @@ def _heading(found: Status) -> Iterator[str]:
         yield f"relay worker {relay.slot} of generation {relay.generation}: pid {relay.pid}{late}{draining}"
     for name, service in found.services.items():
         listen = ", ".join(service.listen)
-        yield f"service {name}: {listen}, {service.algorithm}, revision {service.revision}"
+        tls = "" if service.tls == "accept" else f", tls {service.tls}"
+        yield f"service {name}: {listen}, {service.algorithm}, revision {service.revision}{tls}"
+        for route in service.routes:
+            yield f"  {_route(route)} -> {route.pool}"
     for typed, one in found.names.items():
         yield _name(typed, one)
+
+
+def _route(route: HelloRoute) -> str:
+    said = [f"{key} {', '.join(names)}" for key, names in (("sni", route.sni), ("alpn", route.alpn)) if names]
+    return " and ".join(said)
 
 
 def _name(typed: str, one: NameStatus) -> str:
@@ -76,9 +85,15 @@ def _name(typed: str, one: NameStatus) -> str:
 def _rows(name: str, service: ServiceStatus) -> Iterator[tuple[str, ...]]:
     for pool_name, pool in service.pools.items():
         if not pool.backends:
-            yield (name, pool_name, str(pool.percent), "-")
+            yield (name, pool_name, _share(pool), "-")
         for one in pool.backends.values():
-            yield (name, pool_name, str(pool.percent), *_cells(one))
+            yield (name, pool_name, _share(pool), *_cells(one))
+
+
+def _share(pool: PoolStatus) -> str:
+    if not pool.is_routed:
+        return str(pool.percent)
+    return f"{pool.percent} + routes" if pool.percent else "routes"
 
 
 def _cells(one: BackendStatus) -> tuple[str, ...]:

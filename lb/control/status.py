@@ -26,6 +26,8 @@ def status_of(controller: Controller) -> Status:
             algorithm=service.algorithm,
             revision=route.revision,
             pools=_pools(controller, route),
+            tls=route.tls,
+            routes=route.hello_routes,
         )
     relays = tuple(
         RelayStatus(
@@ -62,27 +64,29 @@ def _names(controller: Controller) -> dict[str, NameStatus]:
 
 
 def unknown_names(controller: Controller) -> dict[str, tuple[str, ...]]:
-    """Services that have nothing but names without an address in the pools that get connections; which ones."""
+    """Services that have nothing but names without an address in the pools that get connections, or in one that a route
+    leads to; which ones."""
     found: dict[str, tuple[str, ...]] = {}
     for service in controller.balancer.services:
-        shares = shares_of(service, controller.overrides)
-        members = [
-            one for one in controller.present.values() if one.service == service.name and shares.get(one.pool, 0)
-        ]
-        if members and not any(one.is_known for one in members):
-            found[service.name] = tuple(dict.fromkeys(one.typed for one in members))
+        shared = {pool for pool, share in shares_of(service, controller.overrides).items() if share}
+        for pools in (shared, *({pool} for pool in sorted(service.routed_pools))):
+            members = [one for one in controller.present.values() if one.service == service.name and one.pool in pools]
+            if members and not any(one.is_known for one in members):
+                names = (*found.get(service.name, ()), *(one.typed for one in members))
+                found[service.name] = tuple(dict.fromkeys(names))
     return found
 
 
 def _pools(controller: Controller, route: Route) -> dict[str, PoolStatus]:
     pools = {}
+    routed = {one.pool for one in route.hello_routes}
     for pool, endpoints in route.pools.items():
         backends = {}
         for one in endpoints:
             # A name that is there twice: what is leaving gives way to its successor.
             name = one.identity if one.name in backends or _is_shadowed(one, endpoints, controller) else one.name
             backends[name] = _backend(controller, one)
-        pools[pool] = PoolStatus(percent=route.shares.get(pool, 0), backends=backends)
+        pools[pool] = PoolStatus(percent=route.shares.get(pool, 0), is_routed=pool in routed, backends=backends)
     return pools
 
 

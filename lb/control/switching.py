@@ -160,10 +160,13 @@ def _closing(
     """From when on pools are closed that get nothing any more; and what there is to say."""
     if not request.drain_old:
         return {}, ()
+    left = [pool for pool in service.pools if pool not in shares]
+    routed = [pool for pool in left if pool in service.routed_pools]
+    notes = tuple(f"{pool} is not drained: a route leads to it" for pool in routed)
     seconds = service.timeouts.drain_seconds if request.deadline_seconds is None else request.deadline_seconds
     if seconds is None:
-        return {}, ("no deadline: what the old pool has goes on; give one, or set drain in [service.timeouts]",)
-    return {pool: controller.wall() + seconds for pool in service.pools if pool not in shares}, ()
+        return {}, ("no deadline: what the old pool has goes on; give one, or set drain in [service.timeouts]", *notes)
+    return {pool: controller.wall() + seconds for pool in left if pool not in routed}, notes
 
 
 def _shown(shares: dict[str, int]) -> str:

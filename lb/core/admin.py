@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from lb.core.model import HelloRoute
+
 SOCKET_NAME = "admin.sock"
 STORE_PATH = "/v1/store"
 """Takes what `lb.rollout.stores.remote` says, a write whatever it is; answered with 200, errors too."""
@@ -189,6 +191,8 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     percent: int
+    is_routed: bool = False
+    """A route leads to it, whatever its percentage."""
     backends: dict[str, BackendStatus]
 
 
@@ -197,6 +201,9 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: str
     revision: int
     pools: dict[str, PoolStatus]
+    tls: str = "accept"
+    routes: tuple[HelloRoute, ...] = ()
+    """By SNI and ALPN, in their order."""
 
 
 class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):

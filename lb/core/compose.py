@@ -191,7 +191,7 @@ def _closing(service: Service, pool: str, key: str, overrides: Overrides, wall_o
         return Closing(at=change.at - wall_offset)
     override = overrides.services.get(service.name)
     ends = [] if change is None or change.closing_at is None else [change.closing_at]
-    if override is not None and pool in override.closing:
+    if override is not None and pool in override.closing and pool not in service.routed_pools:
         ends.append(override.closing[pool])
     return Closing(at=min(ends) - wall_offset, spread_seconds=service.timeouts.spread_seconds) if ends else None
 
@@ -236,6 +236,8 @@ def _route(service: Service, overrides: Overrides, pools: dict[str, tuple[Endpoi
         send_proxy=service.send_proxy,
         accept_proxy=service.accept_proxy,
         proxy_from=service.proxy_from,
+        tls=service.tls,
+        hello_routes=service.routes,
         maximum_queue=service.maximum_queue,
         per_source=service.per_source,
         slow_start_seconds=service.slow_start_seconds,

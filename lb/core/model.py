@@ -12,6 +12,8 @@ AlgorithmName = Literal["roundrobin", "leastconn", "random", "source", "maglev",
 SendProxy = Literal["off", "v1", "v2"]
 CheckType = Literal["tcp", "http", "tls", "agent", "command"]
 Family = Literal["ipv4", "ipv6", "both"]
+ANY_NAME = "*"
+"""In a route: whatever name a client asks for, also none."""
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +68,8 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
-    """None: none. `first_byte`: of the backend's answer; `idle`: nothing either way; `queue`: for a free place.
+    """None: none. `first_byte`: of the backend's answer; `idle`: nothing either way; `queue`: for a free place;
+    `client_hello`: for a client to say what it asks for, where that matters.
 
     `tunnel`: in place of `idle` once both sides have sent something. `drain`: for the connections of a backend that
     is drained; then they are closed, spread over `spread`.
@@ -80,6 +83,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float = 10.0
     drain_seconds: float | None = None
     spread_seconds: float = 5.0
+    client_hello_seconds: float = 5.0
 
 
 class Ejection(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +94,16 @@ class Ejection(msgspec.Struct, frozen=True, kw_only=True):
     base_seconds: float = 10.0
     maximum_seconds: float = 300.0
     maximum_percent: int = 50
+
+
+class HelloRoute(msgspec.Struct, frozen=True, kw_only=True):
+    """TLS connections that ask for such a name and for such a protocol go to this pool, whichever is active."""
+
+    sni: tuple[str, ...] = ()
+    """Names, in lower case; `*.example.com`: all that is below it, however deep; `*`: any, also none. Empty: any."""
+    alpn: tuple[str, ...] = ()
+    """The client offers one of them. Empty: whatever it offers."""
+    pool: str
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +118,10 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     accept_proxy: Literal["off", "accept", "require"] = "off"
     proxy_from: tuple[str, ...] = ()
     """Networks whose PROXY headers are believed; `unix`: peers on a unix socket. Empty: what is local."""
+    tls: Literal["accept", "require"] = "accept"
+    """What does not begin as TLS does goes to the active pool, or is refused. It is never decrypted."""
+    routes: tuple[HelloRoute, ...] = ()
+    """The first that matches counts; where none does, the active pool."""
     maximum_queue: int = 1024
     """Connections that wait for a place at a backend, in each relay worker; what comes beyond is closed."""
     per_source: int | None = None
@@ -128,6 +146,11 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def agent_check(self) -> Check | None:
         return self.check if self.check is not None and self.check.type == "agent" else self.agent
+
+    @property
+    def routed_pools(self) -> frozenset[str]:
+        """They get connections whichever pool is active."""
+        return frozenset(route.pool for route in self.routes)
 
 
 class Balancer(msgspec.Struct, frozen=True, kw_only=True):

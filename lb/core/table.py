@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lb.core.model import AlgorithmName, SendProxy, Timeouts
+from lb.core.model import AlgorithmName, HelloRoute, SendProxy, Timeouts
 
 
 class Closing(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +52,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     send_proxy: SendProxy = "off"
     accept_proxy: str = "off"
     proxy_from: tuple[str, ...] = ()
+    tls: str = "accept"
+    hello_routes: tuple[HelloRoute, ...] = ()
+    """Pools for what a ClientHello asks for, ahead of the shares."""
     maximum_queue: int = 1024
     per_source: int | None = None
     slow_start_seconds: float = 0.0

@@ -1,8 +1,8 @@
 """The access log: one line of JSON for each connection at its end, with an end code as HAProxy has it.
 
 Its first letter is who ended it: `-` both, in order; C the client; S the server; P this balancer, by a rule of its
-own; c or s a limit of time on that side; K closed by a drain. The second is the phase: R the PROXY header, Q the queue,
-C connecting, D data, `-` after the end.
+own; c or s a limit of time on that side; K closed by a drain. The second is the phase: R the PROXY header, H the
+ClientHello, Q the queue, C connecting, D data, `-` after the end.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 import os
 import time
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from handoff.core.proxy_protocol import Address
+from lb.core.client_hello import ClientHello, NotTLS
 from lb.relay.attempt import Attempt
 from lb.relay.relay import Closed
-from lb.relay.targets import Target
+
+if TYPE_CHECKING:
+    from lb.relay.engine import Context
 
 FLUSH_BYTES = 64 * 1024
 MAXIMUM_BYTES = 1024 * 1024
 """What cannot be written now waits, up to so much; then lines are dropped, and counted."""
+MAXIMUM_PROTOCOLS = 8
+"""Of a client's ALPN in a line, so many characters of each."""
+MAXIMUM_CHARACTERS = 32
 _SIDES = {"client": "C", "server": "S", "proxy": "P", "": "K"}
 _TIMED = {"idle", "fin", "first byte"}
 
@@ -29,6 +36,10 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     time: str
     service: str
     client: str
+    sni: str | msgspec.UnsetType = msgspec.UNSET
+    """Only where the service reads it, and the client says it."""
+    alpn: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """The same."""
     backend: str | None
     end: str
     reason: str
@@ -49,16 +60,18 @@ class AccessLog:
 
     def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool) -> None:
         letter = _SIDES[side].lower() if is_late else _SIDES[side]
-        self._write(attempt.source, service, None, letter + attempt.phase.value, reason, 0.0, (0, 0))
+        hello = None if attempt.hello is None else logged(attempt.hello)
+        self._write(attempt.source, service, hello, None, letter + attempt.phase.value, reason, 0.0, (0, 0))
 
-    def relayed(self, source: Address | None, service: str, target: Target, closed: Closed, seconds: float) -> None:
+    def relayed(self, context: Context, closed: Closed, seconds: float) -> None:
         if closed.cause == "end":
             code = "--"
         else:
             letter = _SIDES[closed.side]
             code = (letter.lower() if closed.cause in _TIMED else letter) + "D"
         sizes = closed.sent_bytes, closed.received_bytes
-        self._write(source, service, target.endpoint.name, code, closed.cause, seconds, sizes)
+        service, backend = context.service.name, context.target.endpoint.name
+        self._write(context.source, service, context.hello, backend, code, closed.cause, seconds, sizes)
 
     def flush(self) -> None:
         if not self._lines:
@@ -78,6 +91,7 @@ class AccessLog:
         self,
         source: Address | None,
         service: str,
+        hello: ClientHello | None,
         backend: str | None,
         end: str,
         reason: str,
@@ -91,6 +105,8 @@ class AccessLog:
             time=datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
             service=service,
             client=f"{source[0]}:{source[1]}" if source is not None else "unix",
+            sni=msgspec.UNSET if hello is None or hello.sni is None else hello.sni,
+            alpn=msgspec.UNSET if hello is None or not hello.alpn else hello.alpn,
             backend=backend,
             end=end,
             reason=reason,
@@ -103,3 +119,10 @@ class AccessLog:
         self._size += len(encoded)
         if self._size > FLUSH_BYTES:
             self.flush()
+
+
+def logged(hello: ClientHello | NotTLS) -> ClientHello | None:
+    """What of it a line holds."""
+    if isinstance(hello, NotTLS):
+        return None
+    return ClientHello(hello.sni, tuple(one[:MAXIMUM_CHARACTERS] for one in hello.alpn[:MAXIMUM_PROTOCOLS]))

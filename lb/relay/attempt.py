@@ -1,4 +1,5 @@
-"""A client that has no backend yet: its PROXY header is read, it waits in the queue, a connection is made for it.
+"""A client that has no backend yet: its PROXY header is read, and its ClientHello where pools depend on that; it waits
+in the queue; a connection is made for it.
 
 Another backend is tried as long as nothing was written to one. The client is watched: one that leaves gives its place
 back at once.
@@ -25,6 +26,15 @@ from handoff.core.proxy_protocol import (
     encode_v2,
     read_header,
 )
+from lb.core.client_hello import (
+    MAXIMUM_HELLO_BYTES,
+    ClientHello,
+    ClientHelloReader,
+    Malformed,
+    NotTLS,
+    read_client_hello,
+)
+from lb.core.client_hello import Incomplete as IncompleteHello
 from lb.page import CONNECT_NANOSECONDS, FAILED, TOTAL
 from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
 from lb.relay.loop import LEAVING, READ, WRITE, Loop
@@ -47,6 +57,7 @@ class Phase(enum.Enum):
     """For the log: in which phase it ended."""
 
     HEADER = "R"
+    HELLO = "H"
     QUEUE = "Q"
     CONNECT = "C"
 
@@ -55,22 +66,27 @@ _QUEUE, _CONNECT = Phase.QUEUE, Phase.CONNECT  # an attribute of an enum is slow
 
 
 class Given(NamedTuple):
-    """What the relay gets: the server's socket, and the bytes that go first."""
+    """What the relay gets: the server's socket, and the bytes that go first; so many of them are the client's."""
 
     target: Target
     server: socket.socket
     first: bytes
+    taken: int
 
 
 class AttemptState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What another process must know to go on with it. Times are of the monotonic clock, which all share."""
 
     phase: Phase
+    """QUEUE for HELLO, which not every release knows."""
     began_at: float
     deadline: float
     first: bytes = b""
     source: Address | None = None
     destination: Address | None = None
+    is_reading_hello: bool = False
+    has_no_hello: bool = False
+    """It was waited for, or something else came."""
 
 
 class Attempt:
@@ -78,8 +94,8 @@ class Attempt:
 
     __slots__ = (
         *("_began_connecting", "_deadline", "_dispatcher", "_engine", "_first", "_is_watched", "_loop", "_server"),
-        *("_target", "_tried", "began_at", "bucket", "client", "counted_as", "destination", "due_at", "is_over"),
-        *("phase", "source"),
+        *("_reader", "_target", "_tried", "began_at", "bucket", "client", "counted_as", "destination", "due_at"),
+        *("hello", "is_over", "phase", "source"),
     )
 
     def __init__(self, client: socket.socket, peer: object, dispatcher: Dispatcher, engine: Engine, loop: Loop) -> None:
@@ -90,6 +106,8 @@ class Attempt:
         """What it connected to, where a proxy says it."""
         self.counted_as: str | None = None
         """The source whose count it is in."""
+        self.hello: ClientHello | NotTLS | None = None
+        """What it asks for, where the table wants that known; NotTLS: nothing that could be read."""
         self.phase = _QUEUE
         self.began_at = loop.now
         self.is_over = False
@@ -130,12 +148,14 @@ class Attempt:
     def state(self) -> AttemptState:
         """For another process, between two turns. A connection that is being made will be made there."""
         return AttemptState(
-            phase=self.phase,
+            phase=_QUEUE if self.phase is Phase.HELLO else self.phase,
             began_at=self.began_at,
             deadline=self._deadline,
             first=self._first,
             source=self.source,
             destination=self.destination,
+            is_reading_hello=self.phase is Phase.HELLO,
+            has_no_hello=isinstance(self.hello, NotTLS),
         )
 
     def let_go(self) -> None:
@@ -156,24 +176,21 @@ class Attempt:
             self._watch_client(READ)
             return
         self._engine.count_source(self, self._dispatcher, is_let_in=True)
+        left = state.deadline - self._loop.now
+        if self._dispatcher.reads_hello:
+            if state.is_reading_hello:
+                self._begin_hello(left)
+                return
+            self.hello = NotTLS() if state.has_no_hello else _complete(read_client_hello(self._first))
         if not self._connect_somewhere(is_queued=True):
-            seconds = state.deadline - self._loop.now if state.phase is _QUEUE else None
-            self._wait(is_let_in=True, seconds=seconds)
+            is_in_queue = state.phase is _QUEUE and not state.is_reading_hello
+            self._wait(is_let_in=True, seconds=left if is_in_queue else None)
 
     # --- the header of a proxy --------------------------------------------------------------------------------------
 
     def _header_event(self) -> None:
-        try:
-            data = self.client.recv(V2_MAXIMUM_BYTES)
-        except BlockingIOError:
+        if not self._receive(V2_MAXIMUM_BYTES):
             return
-        except OSError:
-            self.end("client", "left")
-            return
-        if not data:
-            self.end("client", "left")
-            return
-        self._first += data
         try:
             reading = read_header(self._first)
         except ProxyError as error:
@@ -200,6 +217,62 @@ class Attempt:
         self._watch_client(0)
         self._begin_connecting()
 
+    def _receive(self, size: int) -> bytes:
+        """What has come, which is in `_first` now. Nothing: there is none yet, or the client has left."""
+        try:
+            data = self.client.recv(size)
+        except BlockingIOError:
+            return b""
+        except OSError:
+            data = b""
+        self._first += data
+        if not data:
+            self.end("client", "left")
+        return data
+
+    # --- the ClientHello ----------------------------------------------------------------------------------------------
+
+    def _begin_hello(self, seconds: float | None = None) -> None:
+        """`seconds`: so long is left for it; None: the time of the service."""
+        self.phase, self._reader = Phase.HELLO, ClientHelloReader()
+        if self._first and self._has_hello(self._first):
+            return
+        timeout = self._dispatcher.route.timeouts.client_hello_seconds
+        self._set_deadline(timeout if seconds is None else max(0.0, seconds))
+        self._watch_client(READ)
+
+    def _hello_event(self) -> None:
+        data = self._receive(MAXIMUM_HELLO_BYTES)
+        if data:
+            self._has_hello(data)
+
+    def _has_hello(self, data: bytes) -> bool:
+        """Whether it is known now what the client asks for, or that it asks for nothing."""
+        is_required = self._dispatcher.route.tls == "require"
+        match self._reader.feed(data):
+            case IncompleteHello():
+                return False
+            case ClientHello() as hello:
+                self._hello_is(hello)
+            case NotTLS() if is_required:
+                self.end("proxy", "no TLS")
+            case Malformed(reason) if is_required:
+                self.end("proxy", reason)
+            case _:
+                self._hello_is(NotTLS())
+        return True
+
+    def _hello_is_late(self) -> None:
+        if self._dispatcher.route.tls == "require" or self._first:
+            self.end("client", "no ClientHello in time", is_late=True)
+        else:  # its protocol may be one in which the server speaks first
+            self._hello_is(NotTLS())
+
+    def _hello_is(self, hello: ClientHello | NotTLS) -> None:
+        self.hello = hello
+        self._watch_client(0)
+        self._connect_somewhere()
+
     # --- a backend --------------------------------------------------------------------------------------------------
 
     def try_again(self) -> bool:
@@ -208,8 +281,11 @@ class Attempt:
 
     def table_changed(self) -> None:
         """An attempt that the present table does not allow is given up for another one."""
-        if self._target is not None and not self._dispatcher.allows(self._target):
+        if self._target is not None and not self._dispatcher.allows(self._target, self.hello):
             self._give_up()
+            self._connect_somewhere()
+        elif self.phase is Phase.HELLO and not self._dispatcher.reads_hello:
+            self._watch_client(0)
             self._connect_somewhere()
 
     def _begin_connecting(self) -> None:
@@ -220,10 +296,13 @@ class Attempt:
 
     def _connect_somewhere(self, is_queued: bool = False) -> bool:
         """False: there is no place, and it stays in the queue, where it was."""
+        if self._dispatcher.reads_hello and self.hello is None:
+            self._begin_hello()
+            return True
         source = self.source[0] if self.source is not None else ""
         while True:
             try:
-                target = self._dispatcher.choose(source, self._tried, self._loop.now)
+                target = self._dispatcher.choose(source, self._tried, self._loop.now, self.hello)
             except Nobody:
                 self.end("server", "no backend")
                 return True
@@ -239,11 +318,11 @@ class Attempt:
     def _wait(self, is_let_in: bool = False, seconds: float | None = None) -> None:
         """`is_let_in`: whatever the limit of the queue, for so many seconds, None for those of the service."""
         self.phase = _QUEUE
-        queue, route = self._dispatcher.queue, self._dispatcher.route
-        if len(queue) >= route.maximum_queue and not is_let_in:
+        route = self._dispatcher.route
+        if self._dispatcher.waiting >= route.maximum_queue and not is_let_in:
             self.end("proxy", "the queue is full")
             return
-        queue.append(self)
+        self._dispatcher.wait(self)
         self._set_deadline(route.timeouts.queue_seconds if seconds is None else max(0.0, seconds))
         self._watch_client(LEAVING)
         self._engine.queued(self._dispatcher)
@@ -313,7 +392,8 @@ class Attempt:
         if self._dispatcher.measures:
             target.latency.observe(self._loop.now - self._began_connecting, self._loop.now)
         target.cells[CONNECT_NANOSECONDS] += int((self._loop.now - self._began_connecting) * 1e9)
-        self._engine.connected(self, Given(target, server, self._proxy_header() + self._first), self._dispatcher)
+        first = self._proxy_header() + self._first
+        self._engine.connected(self, Given(target, server, first, len(self._first)), self._dispatcher)
 
     def _proxy_header(self) -> bytes:
         version = self._dispatcher.route.send_proxy
@@ -338,6 +418,8 @@ class Attempt:
                 self.end("client", "no PROXY header in time", is_late=True)
             case Phase.HEADER:
                 self._header_is_done()
+            case Phase.HELLO:
+                self._hello_is_late()
             case Phase.QUEUE:
                 self.end("server", "no place in time", is_late=True)
             case Phase.CONNECT:
@@ -362,6 +444,9 @@ class Attempt:
             return
         if self.phase is Phase.HEADER:
             self._header_event()
+            return
+        if self.phase is Phase.HELLO:
+            self._hello_event()
             return
         try:  # it has sent a FIN, or a reset; a FIN may be half of a conversation: then it has said something before
             has_said = bool(self._first or self.client.recv(1, socket.MSG_PEEK))
@@ -392,3 +477,7 @@ class Attempt:
         if self._target is not None:
             target, self._target = self._target, None
             target.give_back()
+
+
+def _complete(reading: object) -> ClientHello | None:
+    return reading if isinstance(reading, ClientHello) else None

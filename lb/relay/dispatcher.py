@@ -10,6 +10,8 @@ from typing import Protocol
 
 from lb.core.algorithms import NEED_COUNTS, made
 from lb.core.choice import Algorithm, Candidate
+from lb.core.client_hello import ClientHello, NotTLS
+from lb.core.hello_routes import HelloRoutes
 from lb.core.table import Endpoint, Route
 from lb.relay.targets import Target, Targets
 
@@ -19,6 +21,11 @@ RETRY_SECONDS = 0.02
 
 class Waiting(Protocol):
     """A client in the queue."""
+
+    began_at: float
+
+    @property
+    def hello(self) -> ClientHello | NotTLS | None: ...
 
     def try_again(self) -> bool:
         """False: it must wait on, in its place."""
@@ -37,6 +44,8 @@ class Dispatcher:
         self._algorithms: dict[str, Algorithm] = {}
         self._pools: dict[str, list[Target]] = {}
         self.queue: deque[Waiting] = deque()
+        self.routed: dict[str, deque[Waiting]] = {}
+        """By pool: those whom a route leads there, so that who waits for one pool holds up nobody for another."""
         self.sources: Counter[str] = Counter()
         """Connections by the client's address; of use where there is a limit."""
         self.route = route
@@ -53,18 +62,25 @@ class Dispatcher:
         self._is_maglev = route.algorithm == "maglev"
         self.measures = route.algorithm == "ewma"
         """It is to be told how long connecting takes."""
+        self.reads_hello = bool(route.hello_routes) or route.tls == "require"
+        """A client's `hello` must be known before a backend is chosen for it."""
+        self._hello_routes = HelloRoutes(route.hello_routes)
+        if route.hello_routes or self.routed:
+            self._queue_anew()
 
-    def allows(self, target: Target) -> bool:
+    def allows(self, target: Target, hello: ClientHello | NotTLS | None = None) -> bool:
         """Whether the present table would send a new connection there."""
-        return (
-            target.is_listed
-            and _may_get(target.endpoint)
-            and any(share > 0 and target in self._pools.get(name, ()) for name, share in self.route.shares.items())
-        )
+        if not target.is_listed or not _may_get(target.endpoint) or (self.reads_hello and hello is None):
+            return False
+        routed = self._routed(hello)
+        pools = [name for name, share in self.route.shares.items() if share > 0] if routed is None else [routed]
+        return any(target in self._pools.get(name, ()) for name in pools)
 
-    def choose(self, source: str, tried: Collection[Target], now: float) -> Target | None:
+    def choose(
+        self, source: str, tried: Collection[Target], now: float, hello: ClientHello | NotTLS | None = None
+    ) -> Target | None:
         """A backend with a place taken at it, which must be given back; None: wait in the queue. Raises Nobody."""
-        pool = self._pool()
+        pool = self._pool() if hello is None else self._routed(hello) or self._pool()
         usable = self._usable[pool]
         if tried:
             usable = [one for one in usable if one not in tried] or _backups(self._pools[pool], tried)
@@ -83,13 +99,33 @@ class Dispatcher:
             usable = [one for one in usable if one is not chosen]
         return None
 
+    @property
+    def waiting(self) -> int:
+        """Clients in the queue."""
+        return len(self.queue) + sum(len(queue) for queue in self.routed.values())
+
+    def wait(self, client: Waiting) -> None:
+        """At the end of the queue."""
+        routed = self._routed(client.hello)
+        (self.queue if routed is None else self.routed[routed]).append(client)
+
     def wake(self) -> None:
         """A place was given back, or the table is new: who waits tries, in order, until one has to wait on."""
-        for _ in range(len(self.queue)):
-            first = self.queue.popleft()
-            if not first.try_again():
-                self.queue.appendleft(first)
-                return
+        _wake(self.queue)
+        for queue in self.routed.values():
+            _wake(queue)
+
+    def _queue_anew(self) -> None:
+        """The routes may be others."""
+        waiting = sorted((*self.queue, *(one for queue in self.routed.values() for one in queue)), key=_began_at)
+        self.queue.clear()
+        self.routed = {one.pool: deque() for one in self.route.hello_routes}
+        for client in waiting:
+            self.wait(client)
+
+    def _routed(self, hello: ClientHello | NotTLS | None) -> str | None:
+        """The pool that a route leads to."""
+        return self._hello_routes.pool_of(hello) if isinstance(hello, ClientHello) else None
 
     def _chosen(self, algorithm: Algorithm, usable: list[Target], source: str, now: float) -> Target:
         candidates = self._candidates(usable, now)
@@ -125,6 +161,18 @@ class Dispatcher:
             if at < 0:
                 return name
         return next(reversed(shares))
+
+
+def _wake(queue: deque[Waiting]) -> None:
+    for _ in range(len(queue)):
+        first = queue.popleft()
+        if not first.try_again():
+            queue.appendleft(first)
+            return
+
+
+def _began_at(client: Waiting) -> float:
+    return client.began_at
 
 
 def _usable(pool: list[Target], with_backups: bool = False) -> list[Target]:

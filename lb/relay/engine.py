@@ -13,8 +13,10 @@ from typing import NamedTuple, Protocol
 from handoff.core.proxy_protocol import Address
 from handoff.worker.proxied import Rules
 from lb.core.choice import plain_address
+from lb.core.client_hello import ClientHello
 from lb.core.table import Endpoint, Route, Table
 from lb.page import CURRENT, RECEIVED_BYTES, RESET, SENT_BYTES, Page
+from lb.relay.access_log import logged
 from lb.relay.attempt import Attempt, Given
 from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher
 from lb.relay.letters import AttemptLetter, RelayLetter
@@ -38,7 +40,7 @@ class Listening(Protocol):
 class AccessLog(Protocol):
     def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool) -> None: ...
 
-    def relayed(self, source: Address | None, service: str, target: Target, closed: Closed, seconds: float) -> None: ...
+    def relayed(self, context: Context, closed: Closed, seconds: float) -> None: ...
 
 
 class Service:
@@ -68,6 +70,8 @@ class Context(NamedTuple):
     source: Address | None
     """Only where it is logged."""
     began_at: float
+    hello: ClientHello | None = None
+    """The same."""
 
 
 class Engine:
@@ -152,12 +156,14 @@ class Engine:
             service.limits,
             self._relayed,
             given.first,
+            given.taken,
             Context(
                 service,
                 target,
                 attempt.counted_as,
                 attempt.source if self._access_log is not None else None,
                 attempt.began_at,
+                None if attempt.hello is None or self._access_log is None else logged(attempt.hello),
             ),
         )
         self.connections += 1
@@ -216,6 +222,8 @@ class Engine:
             limits=context.service.limits,
             counted_as=context.counted_as,
             source=context.source,
+            sni=None if context.hello is None else context.hello.sni,
+            alpn=() if context.hello is None else context.hello.alpn,
         )
         return letter, fds
 
@@ -247,7 +255,8 @@ class Engine:
         if letter.counted_as is not None:
             service.dispatcher.sources[letter.counted_as] += 1
         source = letter.source if self._access_log is not None else None
-        context = Context(service, target, letter.counted_as, source, letter.state.began_at)
+        hello = ClientHello(letter.sni, letter.alpn) if self._access_log is not None else None
+        context = Context(service, target, letter.counted_as, source, letter.state.began_at, hello)
         moved = letter.state, pipes
         relay = Relay(client, server, self._loop, service.limits, self._relayed, context=context, moved=moved)
         self.connections += 1
@@ -288,8 +297,8 @@ class Engine:
         self._uncount_source(context.counted_as, dispatcher)
         if self._access_log is not None:
             seconds = self._loop.now - context.began_at
-            self._access_log.relayed(context.source, context.service.name, target, closed, seconds)
-        if dispatcher.queue:
+            self._access_log.relayed(context, closed, seconds)
+        if dispatcher.queue or dispatcher.routed:
             dispatcher.wake()
         if not target.is_listed and not target.relays:
             self._targets.drop_unused()
@@ -297,7 +306,7 @@ class Engine:
     def _look_for_place(self, dispatcher: Dispatcher) -> None:
         self._waking.discard(dispatcher)
         dispatcher.wake()
-        if dispatcher.queue:
+        if dispatcher.waiting:
             self.queued(dispatcher)
 
     def count_source(self, attempt: Attempt, dispatcher: Dispatcher, is_let_in: bool = False) -> bool:

@@ -34,6 +34,9 @@ class RelayLetter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     """Of use where the receiver's table does not have the service any more."""
     counted_as: str | None = None
     source: Address | None = None
+    sni: str | None = None
+    alpn: tuple[str, ...] = ()
+    """What its ClientHello asked for, where it was read."""
 
     @property
     def fds(self) -> int:

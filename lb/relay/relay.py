@@ -81,11 +81,12 @@ class Relay:
         limits: Limits,
         on_close: Callable[[Relay, Closed], None],
         first: bytes = b"",
+        taken: int = 0,
         context: Any = None,
         moved: tuple[RelayState, Sequence[int]] | None = None,
     ) -> None:
-        """`first`: bytes for the server that go before what the client sends. `context`: the owner's. `moved`: where
-        another process was, and the ends of its pipes, which are ours now."""
+        """`first`: bytes for the server that go before what the client sends; `taken` of them are the client's.
+        `context`: the owner's. `moved`: where another process was, and the ends of its pipes, which are ours now."""
         self.context = context
         self.bucket: int | None = None
         self._client, self._server = client, server
@@ -100,6 +101,7 @@ class Relay:
         self._client_mask = self._server_mask = 0
         if first:
             self._up.put(first)
+            self._up.total = taken
         if moved is not None:
             self._go_on(*moved)
         if self._resetting is None:

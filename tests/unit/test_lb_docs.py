@@ -13,10 +13,11 @@ from handoff.durations import format_duration
 from lb import config
 from lb.cli import main
 from lb.cli.run import _OTHER_DEFAULTS, prepare
-from lb.core.model import Backend, Balancer, Check, Ejection, Service, Timeouts
+from lb.core.model import Backend, Balancer, Check, Ejection, HelloRoute, Service, Timeouts
 from lb.describe import DRAIN_TIMEOUT, MAXIMUM_GENERATIONS
 from lb.relay.access_log import _SIDES
 from lb.relay.attempt import Phase
+from lb.route_rules import ROUTE
 from lb.source import Source, load
 from tests.unit.test_docs import FENCE, ROOT, code_of, parsed, rows
 
@@ -27,6 +28,7 @@ TABLES: list[tuple[str, dict[str, tuple[str, config.Read]], type[msgspec.Struct]
     ("`[balancer]`", config._BALANCER, Balancer, set()),
     ("`[[service]]`", config._SERVICE, Service, {"active"}),
     ("`backends`", config._BACKEND, Backend, {"name"}),
+    ("`[[service.route]]`", ROUTE, HelloRoute, set()),
     ("`[service.timeouts]`", config._TIMEOUTS, Timeouts, set()),
     ("`[service.check]`", config._CHECK, Check, set()),
     ("`[service.agent]`", config._AGENT, Check, {"type"}),
@@ -130,8 +132,9 @@ def test_the_commands_of_the_example_are_taken() -> None:
 
 
 def test_the_file_in_the_document_is_good() -> None:
-    text, shared = [block for language, block in FENCE.findall(DOCUMENT.read_text()) if language == "toml"]
+    text, routed, shared = [block for language, block in FENCE.findall(DOCUMENT.read_text()) if language == "toml"]
     assert config.parse_config(text, "docs/balancer.md").name == "edge"
+    assert len(config.parse_config(routed, "docs/balancer.md").services[0].routes) == 1
     shared += 'listen = "127.0.0.1:8080"\npool.main.backends = ["app.internal:8000"]\n'
     check = config.parse_config(shared, "docs/balancer.md").services[0].check
     assert check is not None
