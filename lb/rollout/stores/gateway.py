@@ -127,8 +127,9 @@ class Gateway:
         """`may_repeat`: carried out twice it is as good. Raises Refusal, StoreError."""
         data = msgspec.json.encode(body)
         deadline = time.monotonic() + self._timeout_seconds
+        problems: dict[Endpoint, _Failed] = {}
         while True:
-            problems: list[tuple[Endpoint, _Failed]] = []
+            may_pass = False
             for index in self._order():
                 endpoint = self._access.endpoints[index]
                 if self._closed.is_set():
@@ -136,7 +137,9 @@ class Gateway:
                 try:
                     answer = self._ask_one(endpoint, path, data, kind, deadline)
                 except _Failed as failed:
-                    problems.append((endpoint, failed))
+                    may_pass = may_pass or failed.may_pass
+                    if endpoint not in problems or time.monotonic() < deadline:
+                        problems[endpoint] = failed
                     if failed.is_sent and not may_repeat:
                         text = f"{endpoint}: {failed}; it is not known whether the change was made: look"
                         raise self.error(text) from None
@@ -145,8 +148,7 @@ class Gateway:
                     return answer
                 if time.monotonic() >= deadline:
                     break
-            is_over = time.monotonic() >= deadline
-            if is_over or not any(failed.may_pass for _, failed in problems):
+            if not may_pass or time.monotonic() >= deadline:
                 raise self.error(_told(problems)) from None
             self.pause()
 
@@ -274,8 +276,8 @@ def _shown(error: Exception) -> str:
     return one_line(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
-def _told(problems: list[tuple[Endpoint, _Failed]]) -> str:
-    each = "; ".join(f"{endpoint}: {failed}" for endpoint, failed in problems)
-    if any(failed.is_sent and failed.may_pass for _, failed in problems):
+def _told(problems: dict[Endpoint, _Failed]) -> str:
+    each = "; ".join(f"{endpoint}: {failed}" for endpoint, failed in problems.items())
+    if any(failed.is_sent and failed.may_pass for failed in problems.values()):
         return f"does not work: {each}; more than half of its nodes must be up, and reach each other"
     return f"cannot be used: {each}"

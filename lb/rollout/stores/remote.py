@@ -140,7 +140,8 @@ class RemoteStore:
     def get(self, key: str) -> Entry | None:
         refuse_key(key)
         entries = self._ask(Get(key), Found).entries
-        if len(entries) > 1 or (entries and entries[0].key != key):
+        self._refuse_strangers(entries, key, "", 0)
+        if [one.key for one in entries] not in ([], [key]):
             raise self._nonsense("other entries than the one that was asked for")
         return entries[0] if entries else None
 
