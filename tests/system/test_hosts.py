@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import socket
 import subprocess
 from collections.abc import Coroutine, Iterator, Sequence
@@ -77,15 +78,21 @@ def test_a_command_runs_once_and_a_second_call_answers_what_is_kept(sshd: Sshd, 
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
-@pytest.mark.parametrize("side", ["client", "connection", "server"])
-def test_a_session_that_is_killed_in_the_middle_changes_nothing(sshd: Sshd, tmp_path: Path, side: str) -> None:
+@pytest.mark.parametrize("side", ["client", "connection", "server", "network"])
+def test_a_session_that_breaks_in_the_middle_changes_nothing(
+    sshd: Sshd, tmp_path: Path, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "ALIVE_SECONDS", 1)
+
     async def scenario() -> Done:
         host = reach(sshd)
         command = Waiting(tmp_path)
         running = asyncio.create_task(host.execute("cut", 1, f"cut-{side}", command.line, SECONDS))
         await command.has_started()
         if side == "server":
-            sshd.cut()
+            sshd.signal(signal.SIGKILL)
+        elif side == "network":
+            sshd.signal(signal.SIGSTOP)  # nothing comes from there any more
         else:
             for one in ssh_processes(sshd, is_connection=side == "connection"):
                 one.kill()
