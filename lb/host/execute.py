@@ -106,7 +106,7 @@ def _join_or_start(service: ServiceState, operation: Operation, request: Request
             if known.digest != request.digest:
                 text = "was another command under this id; give each command an id of its own"
                 raise HandoffError(f"operation {operation.id}: {text}", ExitCode.REFUSED)
-            if operation.is_running() or operation.result() is not None:
+            if operation.is_running() or operation.has_result():
                 return None
             if operation.started() is not None and not asked.is_lost_retried:
                 return None
@@ -117,7 +117,8 @@ def _join_or_start(service: ServiceState, operation: Operation, request: Request
 
 
 def _start(service: ServiceState, operation: Operation, request: Request, asked: Asked) -> None:
-    service.forget(ORDERLY_SECONDS, ORDERLY_OPERATIONS)
+    if service.count() > ORDERLY_OPERATIONS:
+        service.forget(ORDERLY_SECONDS, ORDERLY_OPERATIONS)
     lock_fd = operation.begin(request, time.monotonic() + LOCK_SECONDS)
     environ = clean_environment(asked.environ)
     environ |= {"HANDOFF_OPERATION": operation.id, "HANDOFF_TOKEN": str(asked.token)}

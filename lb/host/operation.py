@@ -80,6 +80,9 @@ class Operation:
     def result(self) -> Result | None:
         return self._read("result", Result)
 
+    def has_result(self) -> bool:
+        return (self.path / "result").exists()
+
     def output(self) -> bytes:
         """What it has written so far; of a lost one what was seen of it."""
         try:
@@ -101,7 +104,7 @@ class Operation:
                 return False
         finally:
             os.close(fd)
-        if self.result() is not None:
+        if self.has_result():
             return True
         started = self.started()
         return started is None or _wait_for_exit(started.command, deadline)

@@ -120,13 +120,21 @@ class ServiceState:
 
     def operations(self) -> list[Operation]:
         """All that are kept, the newest first."""
-        found = [Operation(path, path.name.replace("%", "/")) for path in self._operations.iterdir()]
-        known = [(record.requested, one) for one in found if (record := one.request()) is not None]
+        known = [(record.requested, one) for one in self._kept() if (record := one.request()) is not None]
         return [one for _, one in sorted(known, key=lambda pair: pair[0], reverse=True)]
+
+    def count(self) -> int:
+        return len(self._kept())
+
+    def _kept(self) -> list[Operation]:
+        names = [name for name in os.listdir(self._operations) if not name.startswith(".")]
+        return [Operation(self._operations / name, name.replace("%", "/")) for name in names]
 
     def runs_under_an_older_token(self, token: int) -> Operation | None:
         """A command of a deployer that has lost its lock meanwhile, and is still at it."""
-        for one in self.operations():
+        for one in self._kept():
+            if one.has_result():
+                continue
             record = one.request()
             if record is not None and record.token < token and one.is_running():
                 return one

@@ -29,14 +29,17 @@ class Flooded(HandoffError):
     """It wrote more than anybody wants."""
 
 
-async def run(argv: Sequence[str], stdin: bytes, timeout: float) -> Ran:
-    """Raises TimeoutError, OSError where it cannot be started, Flooded. However this ends, the process has ended."""
+async def run(argv: Sequence[str], stdin: bytes, timeout: float, *, has_output: bool = True) -> Ran:
+    """Raises TimeoutError, OSError where it cannot be started, Flooded. However this ends, the process has ended.
+
+    With `has_output` its stdout is read to the end, whoever has it; without, it is dropped.
+    """
     errors = _Errors()
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE if has_output else asyncio.subprocess.DEVNULL,
             stderr=errors.end,
             start_new_session=True,  # Ctrl-C in a terminal is for the deployer, which then decides
         )
@@ -56,7 +59,8 @@ async def run(argv: Sequence[str], stdin: bytes, timeout: float) -> Ran:
 
 async def _talk(process: asyncio.subprocess.Process, stdin: bytes) -> bytes:
     """All of its stdout, to the end."""
-    assert process.stdout is not None
+    if process.stdout is None:
+        return b""
     feeding = asyncio.create_task(_feed(process, stdin))
     try:
         output = bytearray()

@@ -91,15 +91,17 @@ class SshHost(Host):
         try:
             path = self._private() / str(self._connections)
             if not path.exists():
-                await self._call([*self._ssh(path), "-M", "-N", "-f", "--", self._destination], b"", deadline)
+                command = [*self._ssh(path), "-M", "-N", "-f", "--", self._destination]
+                # In older releases of OpenSSH what goes to the background keeps stdout.
+                await self._call(command, b"", deadline, has_output=False)
             return path
         finally:
             self._connecting.release()
 
-    async def _call(self, command: Sequence[str], stdin: bytes, deadline: float) -> Ran:
+    async def _call(self, command: Sequence[str], stdin: bytes, deadline: float, *, has_output: bool = True) -> Ran:
         left = max(0.0, deadline - asyncio.get_running_loop().time())
         try:
-            ran = await run(command, stdin, left)
+            ran = await run(command, stdin, left, has_output=has_output)
         except TimeoutError:
             raise Unreachable(f"{self.name}: no answer in time", ExitCode.TIMED_OUT) from None
         except Flooded as error:

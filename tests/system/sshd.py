@@ -111,11 +111,11 @@ class Sshd:
                     found.append(one)
         return found
 
-    def cut(self) -> None:
-        """End all sessions at once, as if the machine's network had been reset."""
+    def signal(self, number: signal.Signals) -> None:
+        """To all that serve connections; the listening process goes on."""
         for one in self.sessions():
             with contextlib.suppress(psutil.Error):
-                one.send_signal(signal.SIGKILL)
+                one.send_signal(number)
 
     @property
     def handoff(self) -> str:

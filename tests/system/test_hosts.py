@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import socket
 import subprocess
 from collections.abc import Coroutine, Iterator, Sequence
@@ -77,15 +78,21 @@ def test_a_command_runs_once_and_a_second_call_answers_what_is_kept(sshd: Sshd, 
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
-@pytest.mark.parametrize("side", ["client", "connection", "server"])
-def test_a_session_that_is_killed_in_the_middle_changes_nothing(sshd: Sshd, tmp_path: Path, side: str) -> None:
+@pytest.mark.parametrize("side", ["client", "connection", "server", "network"])
+def test_a_session_that_breaks_in_the_middle_changes_nothing(
+    sshd: Sshd, tmp_path: Path, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "ALIVE_SECONDS", 1)
+
     async def scenario() -> Done:
         host = reach(sshd)
         command = Waiting(tmp_path)
         running = asyncio.create_task(host.execute("cut", 1, f"cut-{side}", command.line, SECONDS))
         await command.has_started()
         if side == "server":
-            sshd.cut()
+            sshd.signal(signal.SIGKILL)
+        elif side == "network":
+            sshd.signal(signal.SIGSTOP)  # nothing comes from there any more
         else:
             for one in ssh_processes(sshd, is_connection=side == "connection"):
                 one.kill()
@@ -261,18 +268,37 @@ def test_an_older_token_is_refused(sshd: Sshd) -> None:
     run(scenario())
 
 
+def test_this_machine_is_a_host_like_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HANDOFF_HOST_STATE", str(tmp_path / "state"))
+
+    async def scenario() -> None:
+        host = transport_for(None)
+        line = f"echo run >> {tmp_path}/runs; echo $HANDOFF_OPERATION; exit 3"
+        assert [await host.execute("shop", 2, "one", line, SECONDS) for _ in range(2)] == [Done(3, "one\n")] * 2
+        with pytest.raises(HandoffError, match=r"^this machine: service shop: is fenced: token 1 is older than 2"):
+            await host.execute("shop", 1, "two", line, SECONDS)
+        assert await host.request(["cat"], b"there and back", SECONDS) == b"there and back"
+        assert (await host.request(["handoff", "--version"], b"", SECONDS)).startswith(b"handoff, version ")
+        with pytest.raises(HandoffError, match=r"^this machine: /nowhere: No such file or directory$"):
+            await host.request(["/nowhere"], b"", SECONDS)
+        await host.aclose()
+
+    run(scenario())
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
 def test_many_hosts_are_reached_in_parallel_and_no_more_at_once_than_said(
     sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, most = set[int](), 0
     original = ssh.run
 
-    async def counted(argv: Sequence[str], stdin: bytes, timeout: float) -> Ran:
+    async def counted(argv: Sequence[str], stdin: bytes, timeout: float, **options: bool) -> Ran:
         nonlocal most
         now.add(id(argv))
         most = max(most, len(now))
         try:
-            return await original(argv, stdin, timeout)
+            return await original(argv, stdin, timeout, **options)
         finally:
             now.remove(id(argv))
 

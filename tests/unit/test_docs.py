@@ -25,6 +25,7 @@ from handoff.option_table import ONLY_ON_COMMAND_LINE
 from handoff.settings import Settings
 from handoff.worker.http import LINGER_SECONDS
 from lb.cli import main as balancer
+from lb.host.cli import main as host
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -133,15 +134,16 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize(("document", "line"), command_lines())
 def test_the_command_line_takes_what_the_documents_say(document: str, line: str) -> None:
-    assert parsed(line).info_name in (*handoff.commands, *balancer.commands)
+    assert parsed(line).info_name in (*handoff.commands, *balancer.commands, *host.commands)
 
 
 def parsed(line: str) -> click.Context:
     """What click makes of a line `handoff …`. Raises ClickException."""
     _, name, *arguments = shlex.split(line, comments=True)
     commands = handoff.commands
-    if name == "lb":
-        commands, name, arguments = balancer.commands, arguments[0], arguments[1:]
+    if name in ("lb", "host"):
+        commands = (balancer if name == "lb" else host).commands
+        name, *arguments = arguments
     with click.Context(handoff) as parent:
         return commands[name].make_context(name, arguments, parent=parent)
 

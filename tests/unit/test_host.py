@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 from handoff.errors import ExitCode, HandoffError, UsageError
+from lb.host.cli import main
 from lb.host.operation import Operation, Request, Result, Started
 from lb.host.state import ServiceState, prepared_root, state_root
 from tests.system.harness import wait_until
+from tests.unit.test_docs import ROOT, code_of, rows
 
 SECONDS = 60
 
@@ -283,6 +285,15 @@ def test_a_command_that_does_not_listen_is_killed_after_a_grace(host: Host) -> N
 def test_what_was_never_asked_for_cannot_be_stopped(host: Host) -> None:
     code, said = host.call("stop", *words_of("one", 1)[1:])
     assert (code, said) == (9, "handoff: error: operation one: has not been started; ask for it, or again\n")
+
+
+# --- what is documented ---------------------------------------------------------------------------------------------
+
+
+def test_the_options_of_exec_are_documented_and_no_other() -> None:
+    text = (ROOT / "docs" / "rollouts.md").read_text().partition("\n## What runs on a host\n")[2].partition("\n## ")[0]
+    documented = {code_of(row[0])[0].split()[0] for row in rows(text) if row[0].startswith("`--")}
+    assert documented == {name for param in main.commands["exec"].params for name in param.opts if name[0] == "-"}
 
 
 # --- the state ------------------------------------------------------------------------------------------------------
