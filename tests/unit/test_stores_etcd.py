@@ -279,6 +279,11 @@ def test_without_a_leader_it_says_what_is_missing(clock: Clock) -> None:
         store.get("a")
 
 
+def test_a_gateway_that_may_speak_tls_only_is_suspected(clock: Clock) -> None:
+    with gateways(last(clock, b"")) as (store, _), pytest.raises(StoreError, match=r"add \?tls=true"):
+        store.get("a")
+
+
 def test_what_will_not_pass_is_asked_once() -> None:
     full = http({"message": "etcdserver: mvcc: database space exceeded", "code": 8}, "429 Too Many Requests")
     with gateways(lambda *_: full, seconds=3600.0) as (store, (gateway,)):

@@ -228,6 +228,9 @@ class Gateway:
                 connection.request("POST", path, data, self._headers())
                 response = connection.getresponse()
                 content = response.read(MAXIMUM_ANSWER_BYTES + 1)
+            except http.client.RemoteDisconnected:
+                hint = "" if self._access.tls is not None else "; does it speak TLS? add ?tls=true"
+                raise _Failed(f"closed the connection without an answer{hint}", is_sent=True, may_pass=True) from None
             except (OSError, http.client.HTTPException) as error:
                 raise _Failed(_shown(error), is_sent=True, may_pass=True) from None
         finally:
