@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -318,18 +319,12 @@ def test_many_hosts_are_reached_in_parallel_and_no_more_at_once_than_said(
     assert not now
 
 
-def test_closing_ends_the_connection_and_leaves_no_file(
-    sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(ssh, "_MAXIMUM_DIRECTORY_BYTES", 4096)
-    monkeypatch.setattr(ssh, "_PLAIN", ssh._DESTINATION)
-
-    async def scenario() -> None:
+def test_closing_ends_the_connection_and_leaves_no_file(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(runtime: str) -> None:
         host = reach(sshd)
         await host.request(["true"], b"", SECONDS)
-        (name,) = os.listdir(tmp_path)
-        directory = f"{tmp_path}/{name}"
+        (name,) = os.listdir(runtime)
+        directory = f"{runtime}/{name}"
         assert os.stat(directory).st_mode & 0o777 == 0o700
         command = ["ssh", "-F", sshd.config, "-o", f"ControlPath={directory}/0", "-O", "check", "box"]
         said = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True, timeout=60)
@@ -337,10 +332,13 @@ def test_closing_ends_the_connection_and_leaves_no_file(
         connection = psutil.Process(pid)
         await host.aclose()
         await asyncio.to_thread(connection.wait, 60)
-        assert os.listdir(tmp_path) == []
+        assert os.listdir(runtime) == []
         await host.aclose()
 
-    run(scenario())
+    # Not pytest's directory: the path of a unix socket may have 107 bytes only.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        run(scenario(short))
 
 
 @pytest.mark.parametrize("destination", ["", "-oProxyCommand=id", "a b", "a;id", "$(id)", "a\nb"])
