@@ -39,15 +39,15 @@ class Demo:
     def start(self) -> int:
         """Both hosts with v1, and the balancer. Returns its port."""
         text = (HERE / "lb.toml").read_text().replace("ROOT", str(self._root)).replace(":8080", ":0")
-        (self._root / "main.py").write_text((HERE / "main.py").read_text())
+        (self._root / "shop.py").write_text((HERE / "shop.py").read_text())
         for number in (1, 2):
             release = self._root / f"web{number}" / "releases" / "v1"
             release.mkdir(parents=True)
-            (release / "main.py").write_text((HERE / "main.py").read_text().replace("@VERSION@", "v1"))
+            (release / "shop.py").write_text((HERE / "shop.py").read_text().replace("@VERSION@", "v1"))
             (self._root / f"web{number}" / "current").symlink_to("releases/v1")
             place = str(self._root / f"web{number}" / "current")
             words = ["--name", f"web{number}", "--chdir", place, "--bind", "127.0.0.1:0", "--check", "/health"]
-            port = self._serve(f"web{number}", "run", "main:app", *words)
+            port = self._serve(f"web{number}", "run", "shop:app", *words)
             text = text.replace(f":900{number}", f":{port}")
         (self._root / "lb.toml").write_text(text)
         (self._root / "deploy.toml").write_text((HERE / "deploy.toml").read_text().replace("ROOT", str(self._root)))

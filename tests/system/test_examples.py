@@ -7,6 +7,8 @@ import json
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,3 +206,11 @@ def test_an_echo_program_keeps_its_clients_through_the_drain(tmp_path: Path, exa
         assert echo(service.port) == b"hello\n"
         old.close()
         service.wait_for_generations(2)
+
+
+@pytest.mark.timeout(600)
+def test_two_hosts_and_a_balancer_are_rolled_out_and_back_by_one_command() -> None:
+    command = [sys.executable, str(EXAMPLES / "two_hosts" / "demo.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=590)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed: 0" in done.stdout
