@@ -78,6 +78,8 @@ class HTTPService:
         self._state = WorkerServerState(counters.own)
         self._adopter = Adopter(socket.socket(fileno=boot.mailbox_fd), self._adopt, counters.own)
         self._adopting: set[asyncio.Task[Any]] = set()
+        self._offered: list[HTTPProtocol] = []
+        """To siblings that have fewer, lately."""
         self._adopts = _kinds(boot)
         self._state.hands_websockets_over = WEBSOCKET in self._adopts
         self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
@@ -254,19 +256,28 @@ class HTTPService:
         if self._link.is_draining:
             return
         asyncio.get_running_loop().call_later(BALANCE_SECONDS, self._balance)
-        connections = [one for one in self._state.connections if isinstance(one, HTTPProtocol)]
-        for connection in connections:
+        offered, self._offered = self._offered, []
+        for connection in offered:
             connection.cancel_move()  # it had its time; another one may be quicker
         outbox = self._state.mover.outbox
         if not self._adopts or not outbox.takes(HTTP) or outbox.has_unread():
             return
         counts = {info.row: self._counters.read(info.row, CONNECTIONS) for info in outbox.receivers}
         counts[self._row] = self._counters.own[CONNECTIONS]
-        movable = iter(sorted((one for one in connections if one.is_movable), key=HTTPProtocol.is_busy))
-        for row, number in shares(counts, self._row).items():
+        plan = shares(counts, self._row)
+        if not plan:  # as most of the time: there may be thousands of connections
+            return
+        movable = iter(self._movable())
+        for row, number in plan.items():
             mailbox = next(info.mailbox for info in outbox.receivers if info.row == row)
             for connection in islice(movable, number):
+                self._offered.append(connection)
                 connection.begin_move(mailbox)
+
+    def _movable(self) -> list[HTTPProtocol]:
+        """Quiet ones first."""
+        connections = [one for one in self._state.connections if isinstance(one, HTTPProtocol)]
+        return sorted((one for one in connections if one.is_movable), key=HTTPProtocol.is_busy)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
