@@ -8,17 +8,20 @@ import random
 import socket
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from handoff.core.proxy_protocol import Address
 from handoff.worker.proxied import Rules
 from lb.core.choice import plain_address
 from lb.core.client_hello import ClientHello
 from lb.core.table import Endpoint, Route, Table
-from lb.page import CURRENT, RECEIVED_BYTES, RESET, SENT_BYTES, Page
+from lb.page import CURRENT, RECEIVED_BYTES, RESET, SENT_BYTES, TOTAL, Page
+from lb.relay import connecting
 from lb.relay.access_log import logged
-from lb.relay.attempt import Attempt, Given
-from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher
+from lb.relay.attempt import Attempt
+from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
 from lb.relay.letters import AttemptLetter, RelayLetter
 from lb.relay.loop import Loop
 from lb.relay.relay import Closed, Limits, Relay, reset_at_close
@@ -46,7 +49,7 @@ class AccessLog(Protocol):
 class Service:
     """What the engine keeps for one service."""
 
-    __slots__ = ("dispatcher", "limits", "name", "rules")
+    __slots__ = ("dispatcher", "is_plain", "limits", "name", "rules")
 
     def __init__(self, name: str, dispatcher: Dispatcher) -> None:
         self.name = name
@@ -59,9 +62,12 @@ class Service:
             timeouts.idle_seconds, timeouts.fin_seconds, timeouts.first_byte_seconds, timeouts.tunnel_seconds
         )
         self.rules = None if route.accept_proxy == "off" else Rules(route.accept_proxy, route.proxy_from)
+        reads_first = self.rules is not None or self.dispatcher.reads_hello
+        self.is_plain = not reads_first and route.per_source is None and route.send_proxy == "off"
+        """A client is connected to a backend, and nothing else is to be done."""
 
 
-class Context(NamedTuple):
+class Context(msgspec.Struct, frozen=True):
     """What is known of a relay, for its end."""
 
     service: Service
@@ -128,8 +134,9 @@ class Engine:
             reset_at_close(client)
             self._loop.close(client)
             return
-        dispatcher = service.dispatcher
-        attempt = Attempt(client, peer, dispatcher, self, self._loop)
+        if service.is_plain and self._has_target(service, client, peer):
+            return
+        attempt = Attempt(client, peer, service.dispatcher, self, self._loop)
         self._attempts.add(attempt)
         rules = service.rules
         if rules is None:
@@ -141,31 +148,49 @@ class Engine:
         else:
             attempt.begin(reads_header=False)
 
-    def connected(self, attempt: Attempt, given: Given, dispatcher: Dispatcher) -> None:
-        """From an attempt: it has a backend."""
+    def _has_target(self, service: Service, client: socket.socket, peer: object) -> bool:
+        """Where the connection to a backend is made at once there is never an attempt, which would cost as much as all
+        the rest. False: nothing has begun."""
+        loop, dispatcher = self._loop, service.dispatcher
+        is_inet = isinstance(peer, tuple)
+        try:
+            target = dispatcher.choose(peer[0] if is_inet else "", (), loop.now)  # type: ignore[index]
+        except Nobody:
+            return False
+        if target is None:
+            return False
+        server, failure = connecting.begin(target)
+        if failure or server is None:
+            attempt = Attempt(client, peer, dispatcher, self, loop)
+            self._attempts.add(attempt)
+            attempt.begin_with(target, server, failure)
+            return True
+        target.cells[TOTAL] += 1
+        if dispatcher.measures:
+            target.latency.observe(0.0, loop.now)
+        source = (peer[0], peer[1]) if is_inet and self._access_log is not None else None  # type: ignore[index]
+        context = Context(service, target, None, source, loop.now)
+        self._relay(client, server, context)
+        return True
+
+    def connected(self, attempt: Attempt, target: Target, server: socket.socket, first: bytes, taken: int) -> None:
+        """From an attempt: it has a backend. `first`: what the backend gets first; so much of it is the client's."""
         self._attempts.discard(attempt)
-        target = given.target
+        source = hello = None
+        if self._access_log is not None:
+            source, hello = attempt.source, None if attempt.hello is None else logged(attempt.hello)
+        service = self._services[attempt.service]
+        context = Context(service, target, attempt.counted_as, source, attempt.began_at, hello)
+        self._relay(attempt.client, server, context, first, taken)
+
+    def _relay(
+        self, client: socket.socket, server: socket.socket, context: Context, first: bytes = b"", taken: int = 0
+    ) -> None:
+        target = context.target
         if target.has_failed:
             target.has_failed = False
             self._listening.recovered(target.endpoint.identity)
-        service = self._services[dispatcher.route.service]
-        relay = Relay(
-            attempt.client,
-            given.server,
-            self._loop,
-            service.limits,
-            self._relayed,
-            given.first,
-            given.taken,
-            Context(
-                service,
-                target,
-                attempt.counted_as,
-                attempt.source if self._access_log is not None else None,
-                attempt.began_at,
-                None if attempt.hello is None or self._access_log is None else logged(attempt.hello),
-            ),
-        )
+        relay = Relay(client, server, self._loop, context.service.limits, self._relayed, first, taken, context)
         self.connections += 1
         target.relays.add(relay)
 
@@ -219,7 +244,7 @@ class Engine:
             name=endpoint.name,
             address=endpoint.address,
             state=state,
-            limits=context.service.limits,
+            limits=context.service.limits.all_seconds,
             counted_as=context.counted_as,
             source=context.source,
             sni=None if context.hello is None else context.hello.sni,

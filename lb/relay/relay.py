@@ -13,12 +13,13 @@ import socket
 import struct
 import termios
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from lb.relay.flow import Flow, FlowState, Result
 from lb.relay.loop import READ, READABLE, WRITABLE, WRITE, Loop
+from lb.relay.timers import PATIENT_SECONDS
 
 RESET_SECONDS = 2.0
 """How long a side may take to acknowledge what came before the reset that it is to see."""
@@ -26,19 +27,33 @@ LOOK_SECONDS = 0.02
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # struct linger: socket(7)
 
 
-class Limits(NamedTuple):
+class Limits:
     """Seconds; None: none. `idle`: nothing either way; `fin`: one side has ended, and the other goes on alone.
 
     `first_byte`: of the server's, from the beginning. `tunnel`: in place of `idle` when both sides have said something.
     """
 
-    idle_seconds: float | None = 3600.0
-    fin_seconds: float | None = 60.0
-    first_byte_seconds: float | None = None
-    tunnel_seconds: float | None = None
+    __slots__ = ("fin_seconds", "first_byte_seconds", "idle_seconds", "is_patient", "tunnel_seconds")
+
+    def __init__(
+        self,
+        idle_seconds: float | None = 3600.0,
+        fin_seconds: float | None = 60.0,
+        first_byte_seconds: float | None = None,
+        tunnel_seconds: float | None = None,
+    ) -> None:
+        self.idle_seconds, self.fin_seconds = idle_seconds, fin_seconds
+        self.first_byte_seconds, self.tunnel_seconds = first_byte_seconds, tunnel_seconds
+        self.is_patient = all(one is None or one >= PATIENT_SECONDS for one in self.all_seconds)
+        """None is reached so soon that a new relay must be looked at at once."""
+
+    @property
+    def all_seconds(self) -> tuple[float | None, float | None, float | None, float | None]:
+        """As the constructor takes them."""
+        return self.idle_seconds, self.fin_seconds, self.first_byte_seconds, self.tunnel_seconds
 
 
-class Closed(NamedTuple):
+class Closed(msgspec.Struct, frozen=True, gc=False):
     """How it ended: `cause` is "end", "idle", "fin", "first byte", "closed" by us, or "reset".
 
     `side`: whose doing that was, "client", "server" or "" for ours; bytes from the client, and to it.
@@ -104,9 +119,16 @@ class Relay:
             self._up.total = taken
         if moved is not None:
             self._go_on(*moved)
-        if self._resetting is None:
+        if moved is None and not first:  # as most are
+            self._client_mask = self._server_mask = READ
+            loop.watch(client.fileno(), READ, self.client_event)
+            loop.watch(server.fileno(), READ, self.server_event)
+        elif self._resetting is None:
             self._watch()
-        loop.timers.arm(self)
+        if limits.is_patient and moved is None:
+            loop.timers.arm_later(self)
+        else:
+            loop.timers.arm(self)
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
@@ -212,13 +234,18 @@ class Relay:
     def _shut(self, flow: Flow) -> None:
         """All is delivered and no more comes: FIN."""
         flow.is_written = False
-        if not self._up.is_written and not self._down.is_written:
-            self._close("end", "server" if flow is self._down else "client")
+        is_up = flow is self._up
+        if not (self._down if is_up else self._up).is_written:
+            self._close("end", "client" if is_up else "server")
             return
-        with contextlib.suppress(OSError):  # it was reset meanwhile; its own flow will tell
-            (self._server if flow is self._up else self._client).shutdown(socket.SHUT_WR)
-        self._shut_at = self._loop.now
-        self._loop.timers.arm(self)
+        try:  # noqa: SIM105  # suppress costs a microsecond, for each connection
+            (self._server if is_up else self._client).shutdown(_SHUT_WR)
+        except OSError:  # it was reset meanwhile; its own flow will tell
+            pass
+        self._shut_at = now = self._loop.now
+        seconds = self._limits.fin_seconds
+        if seconds is not None:
+            self._loop.timers.arm_at(self, now + seconds)
 
     # --- interest ---------------------------------------------------------------------------------------------------
 
@@ -304,6 +331,7 @@ class Relay:
 
 
 _OPEN, _ENDED, _RESET, _SINK_GONE = Result.OPEN, Result.ENDED, Result.RESET, Result.SINK_GONE
+_SHUT_WR = int(socket.SHUT_WR)
 
 
 def reset_at_close(sock: socket.socket) -> None:

@@ -275,18 +275,19 @@ def test_limits_cut_both_sides_off(limits: Limits, cause: str) -> None:
         rig.close()
 
 
+class Timed:
+    def __init__(self, due_at: float) -> None:
+        self.bucket: int | None = None
+        self.due_at: float | None = due_at
+        self.called: list[float] = []
+
+    def is_due(self, now: float) -> None:
+        self.called.append(now)
+        self.due_at = None
+
+
 def test_timers_look_when_something_is_due_and_not_before() -> None:
-    class One:
-        bucket: int | None = None
-        due_at: float | None = 10.0
-        called: list[float]
-
-        def is_due(self, now: float) -> None:
-            self.called.append(now)
-            self.due_at = None
-
-    one, timers = One(), Timers()
-    one.called = []
+    one, timers = Timed(10.0), Timers()
     timers.arm(one)
     assert timers.next_deadline() == pytest.approx(10.0, abs=0.05)
     one.due_at = 20.0
@@ -296,6 +297,32 @@ def test_timers_look_when_something_is_due_and_not_before() -> None:
     timers.check(21.0)
     assert one.called == [21.0]
     assert timers.next_deadline() is None
+
+
+def test_what_is_armed_for_later_is_looked_at_before_it_can_be_due() -> None:
+    one, timers = Timed(102.1), Timers()
+    timers.set_now(100.1)
+    timers.arm_later(one)
+    assert timers.next_deadline() == pytest.approx(102.0, abs=0.05)
+    timers.check(102.0)
+    assert one.called == []
+    timers.check(102.2)
+    assert one.called == [102.2]
+
+
+def test_who_may_be_due_earlier_is_armed_earlier_and_never_later() -> None:
+    one, timers = Timed(300.0), Timers()
+    timers.set_now(100.0)
+    timers.arm(one)
+    timers.arm_at(one, 110.0)
+    assert timers.next_deadline() == pytest.approx(110.0, abs=1.0)
+    timers.arm_at(one, 200.0)
+    timers.check(111.0)
+    assert one.called == []
+    assert timers.next_deadline() == pytest.approx(300.0, abs=1.0)
+    timers.forget(one)
+    timers.check(301.0)
+    assert one.called == []
 
 
 def test_a_pipe_with_something_in_it_moves(rig: Rig) -> None:
