@@ -98,7 +98,9 @@ def test_a_handshake_that_is_under_way_is_waited_for_in_a_drain(directory: Path)
             plain.sendall(hello[:10])  # the worker has accepted it, and waits for the rest
             ask(service, trusting(directory)).close()
             assert service.ask({"type": "reload"})["exit_code"] == 0
-            assert [one["state"] for one in service.workers(1)] == ["draining"]
+            (worker,) = service.status(drain=True)["generations"][0]["workers"]
+            assert worker["state"] == "draining"
+            assert [hold["path"] for hold in worker["holds"]] == ["no TLS handshake yet"]
             plain.sendall(hello[10:])
             while True:
                 incoming.write(plain.recv(65536))
