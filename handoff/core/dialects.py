@@ -110,7 +110,7 @@ class Notification(NamedTuple):
 
 def read_notification(data: bytes) -> Notification:
     """Unknown words are left out, as systemd does."""
-    words = dict(line.split("=", 1) for line in data.decode(errors="replace").splitlines() if "=" in line)
+    words = dict(line.split("=", 1) for line in data.decode(errors="replace").split("\n") if "=" in line)
     status = words.get("STATUS")
     if status is not None:
         status = "".join(character for character in status if character.isprintable())[:_MAXIMUM_STATUS_CHARACTERS]

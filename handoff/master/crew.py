@@ -50,7 +50,7 @@ from handoff.core.vocabulary import (
 )
 from handoff.counters import CounterPage
 from handoff.listeners import Listener
-from handoff.master.fd_store import FdStore
+from handoff.master.fd_store import FdStore, Place
 from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -119,9 +119,9 @@ class Crew:
     def has_stored(self) -> bool:
         return bool(self._store)
 
-    def keep_stored_of(self, slots: Collection[int]) -> None:
-        """Of these slots, and those that have a command, what was stored is kept; the rest is closed."""
-        self._store.keep_only({*slots, *(process.boot.slot for process in self if process.foreign is not None)})
+    def keep_stored_of(self, places: Collection[Place]) -> None:
+        """Of these places, and those that have a command, what was stored is kept; the rest is closed."""
+        self._store.keep_only({*places, *(process.foreign.place for process in self if process.foreign is not None)})
 
     def close(self) -> None:
         self._store.close()
@@ -195,7 +195,7 @@ class Crew:
                 if pins.settings.command:
                     foreign = self._foreign_worker(action, pins)
                     undo.callback(foreign.close)
-                    stored = self._store.of(action.slot) if takes_stored_fds(pins.settings.dialect) else []
+                    stored = self._store.of(foreign.place) if takes_stored_fds(pins.settings.dialect) else []
                     command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign, stored)
                 else:
                     environment |= {CHANNEL_VARIABLE: str(theirs.fileno()), POST_MORTEM_VARIABLE: str(post_mortem)}
@@ -208,6 +208,7 @@ class Crew:
     def _foreign_worker(self, action: Spawn, pins: Pins) -> ForeignWorker:
         return ForeignWorker(
             action.worker,
+            action.companion,
             action.slot,
             pins.settings,
             self._loop,

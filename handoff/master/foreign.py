@@ -24,7 +24,7 @@ from handoff.core.dialects import (
 from handoff.core.vocabulary import Event, FailedSaid, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
 from handoff.durations import format_duration
 from handoff.master.ack import AckSocket
-from handoff.master.fd_store import MAXIMUM_STORED_FDS, FdStore
+from handoff.master.fd_store import MAXIMUM_STORED_FDS, FdStore, Place
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.settings import Settings
@@ -49,6 +49,7 @@ class ForeignWorker:
     def __init__(
         self,
         worker: int,
+        companion: str,
         slot: int,
         settings: Settings,
         loop: Loop,
@@ -57,9 +58,11 @@ class ForeignWorker:
         directory: Path,
         store: FdStore,
     ) -> None:
-        """`directory`: the service's, for sockets that have a path; `store` is borrowed. Raises OSError."""
+        """`companion`: its name, or none. `directory`: the service's, for sockets that have a path; `store` is
+        borrowed. Raises OSError."""
         self.worker = worker
-        self._slot = slot
+        self.place: Place = companion or slot
+        """Whose successor gets what it stores."""
         self._store = store if takes_stored_fds(settings.dialect) else None
         self.pid = 0
         self._ready_at: float | None = None
@@ -78,17 +81,19 @@ class ForeignWorker:
             # Abstract: a command that becomes another user still reaches it; who may speak its credentials tell.
             self.notify_address = f"@handoff-{secrets.token_hex(16)}"
             self._socket = _notify_socket(self.notify_address)
-        self._acks = self._ack_socket(directory) if takes_acks(settings.dialect) else None
+        # Companions are numbered by themselves.
+        ack_name = f"c{worker}" if companion else str(worker)
+        self._acks = self._ack_socket(directory, ack_name) if takes_acks(settings.dialect) else None
 
     @property
     def ack_path(self) -> str:
         """For EINHORN_SOCK_PATH; empty where the dialect has none."""
         return self._acks.path if self._acks is not None else ""
 
-    def _ack_socket(self, directory: Path) -> AckSocket | None:
+    def _ack_socket(self, directory: Path, name: str) -> AckSocket | None:
         """Most commands never ack: that they could not must not keep them from starting."""
         try:
-            return AckSocket(directory, self.worker, self._loop, self._log, self._is_of_worker, self._ready)
+            return AckSocket(directory, name, self.worker, self._loop, self._log, self._is_of_worker, self._ready)
         except OSError as error:
             self._log.warning(f"no socket for acks in {directory}: {error.strerror}", worker=self.worker)
             return None
@@ -160,17 +165,19 @@ class ForeignWorker:
         assert self._socket is not None
         for _ in range(limit):
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
+                data, ancillary, flags, _ = self._socket.recvmsg(
                     MAXIMUM_NOTIFICATION_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
             sender, fds = _take_ancillary(ancillary)
             try:
-                if _is_of(sender, self.pid):
-                    self._said(data, fds)
-                else:
+                if not _is_of(sender, self.pid):
                     self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+                elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):  # half a word might be another one
+                    self._log.warning("notification that is too long was ignored", worker=self.worker)
+                else:
+                    self._said(data, fds)
             finally:
                 for fd in fds:  # also those of BARRIER=1, which waits for that
                     os.close(fd)
@@ -201,11 +208,11 @@ class ForeignWorker:
 
     def _keep_fds(self, store: FdStore, said: Notification, fds: list[int]) -> None:
         if said.removes_fds and said.fd_name is not None:
-            store.remove(self._slot, said.fd_name)
+            store.remove(self.place, said.fd_name)
         elif said.stores_fds:
             taken = list(fds)
             fds.clear()
-            refused = store.add(self._slot, said.fd_name or DEFAULT_FD_NAME, taken, said.polls_fds)
+            refused = store.add(self.place, said.fd_name or DEFAULT_FD_NAME, taken, said.polls_fds)
             if refused:
                 self._log.warning(
                     f"{refused} fds were not kept; a slot may have {MAXIMUM_STORED_FDS}", worker=self.worker
