@@ -256,6 +256,7 @@ class Crew:
             counters_row=row,
             mailbox_fd=mailbox_fd,
             measures=self._measures,
+            tls=pins.tls,
         )
 
     # --- telling ----------------------------------------------------------------------------------------------------

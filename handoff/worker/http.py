@@ -418,7 +418,7 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
             headers=headers,
         )
         config.load()
-        config.ssl = server_context(settings) or config.ssl
+        config.ssl = server_context(settings, boot.tls) or config.ssl
     except BAD_CONFIGURATION as error:
         raise BootFailure(f"uvicorn does not take these settings: {error}") from None
     assert config.lifespan_class in (LifespanOn, LifespanOff)
