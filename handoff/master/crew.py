@@ -50,6 +50,7 @@ from handoff.core.vocabulary import (
 )
 from handoff.counters import CounterPage
 from handoff.listeners import Listener
+from handoff.master.command_check import Checked, CommandCheck, address_of_check
 from handoff.master.fd_store import FdStore, Place
 from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog
@@ -193,7 +194,7 @@ class Crew:
                 post_mortem = post_mortem_file()
                 undo.callback(os.close, post_mortem)
                 if pins.settings.command:
-                    foreign = self._foreign_worker(action, pins)
+                    foreign = self._foreign_worker(action, pins, listeners)
                     undo.callback(foreign.close)
                     stored = self._store.of(foreign.place) if takes_stored_fds(pins.settings.dialect) else []
                     command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign, stored)
@@ -205,7 +206,15 @@ class Crew:
             undo.pop_all()
         return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem, foreign=foreign)
 
-    def _foreign_worker(self, action: Spawn, pins: Pins) -> ForeignWorker:
+    def _foreign_worker(self, action: Spawn, pins: Pins, listeners: Mapping[str, Listener]) -> ForeignWorker:
+        address = address_of_check(listeners.values())
+
+        def begin_check(on_end: Callable[[Checked], None]) -> CommandCheck:
+            if address is None:  # one that was passed to us, and is no TCP
+                raise OSError(errno.EAFNOSUPPORT, "it has no TCP listener")
+            pids = [process.pid for process in self if process.boot.generation == action.generation]
+            return CommandCheck(self._loop, pids, address, pins.settings, on_end)
+
         return ForeignWorker(
             action.worker,
             action.companion,
@@ -216,6 +225,7 @@ class Crew:
             self._on_event,
             self._directory,
             self._store,
+            None if pins.settings.check is None else begin_check,
         )
 
     def _own_command(

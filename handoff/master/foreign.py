@@ -21,9 +21,19 @@ from handoff.core.dialects import (
     takes_acks,
     takes_stored_fds,
 )
-from handoff.core.vocabulary import Event, FailedSaid, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.core.vocabulary import (
+    Event,
+    FailedSaid,
+    HelloSaid,
+    LeavingSaid,
+    NotedSaid,
+    OpenedSaid,
+    ProgressSaid,
+    ReadySaid,
+)
 from handoff.durations import format_duration
 from handoff.master.ack import AckSocket
+from handoff.master.command_check import Checked, CommandCheck
 from handoff.master.fd_store import MAXIMUM_STORED_FDS, FdStore, Place
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -37,6 +47,10 @@ _DATAGRAMS_PER_TURN = 16
 _MAXIMUM_LAST_DATAGRAMS = 1024
 """More than a queue holds (net.unix.max_dgram_qlen), unless somebody goes on to send."""
 _EXPECTED = "expected to say READY=1 to $NOTIFY_SOCKET; for a command that cannot, give --ready-after"
+
+
+BeginCheck = Callable[[Callable[[Checked], None]], CommandCheck]
+"""Takes who is told how it ended. Raises OSError."""
 
 
 class ForeignWorker:
@@ -57,9 +71,10 @@ class ForeignWorker:
         on_event: Callable[[Event], None],
         directory: Path,
         store: FdStore,
+        begin_check: BeginCheck | None = None,
     ) -> None:
         """`companion`: its name, or none. `directory`: the service's, for sockets that have a path; `store` is
-        borrowed. Raises OSError."""
+        borrowed. `begin_check`: before it counts as ready it must pass that. Raises OSError."""
         self.worker = worker
         self.place: Place = companion or slot
         """Whose successor gets what it stores."""
@@ -74,6 +89,9 @@ class ForeignWorker:
         self._log = log
         self._on_event = on_event
         self._is_executed = self._is_ready = self._is_leaving = False
+        self._begin_check = begin_check
+        self._check: CommandCheck | None = None
+        self._shown_check = f"check {settings.check}"
         self._socket: socket.socket | None = None
         self.notify_address = ""
         """For NOTIFY_SOCKET; empty where the dialect has none."""
@@ -151,6 +169,8 @@ class ForeignWorker:
             self._acks.hear_last()
 
     def close(self) -> None:
+        if self._check is not None:
+            self._check.close()
         if self._acks is not None:
             self._acks.close()
         if self._socket is not None:
@@ -219,13 +239,35 @@ class ForeignWorker:
                 )
 
     def _ready(self) -> None:
+        """It says so, or has lived long enough."""
         self._ready_at = None
-        if not self._is_ready:
-            self.executed(time.monotonic())  # what speaks runs, even where the channel's end was not read yet
-            self._ready_at = None
-            self._is_ready = True
-            self._on_event(ReadySaid(self.worker))
-            self._wind_watchdog()
+        if self._is_ready or self._is_leaving or self._check is not None:
+            return
+        self.executed(time.monotonic())  # what speaks runs, even where the channel's end was not read yet
+        self._ready_at = None
+        if self._begin_check is None:
+            self._works()
+            return
+        self._on_event(ProgressSaid(self.worker, f"answering the {self._shown_check}"))
+        try:
+            self._check = self._begin_check(self._checked)
+        except OSError as error:
+            self._checked(Checked(None, f"cannot be made ({error.strerror})"))
+
+    def _checked(self, checked: Checked) -> None:
+        if self._is_leaving:
+            return
+        if checked.is_good is False:
+            self._fails(f"{self._shown_check}: {checked.reason}")
+            return
+        if checked.is_good is None:
+            self._on_event(NotedSaid(self.worker, f"{self._shown_check}: {checked.reason}, so it was not checked"))
+        self._works()
+
+    def _works(self) -> None:
+        self._is_ready = True
+        self._on_event(ReadySaid(self.worker))
+        self._wind_watchdog()
 
     def _wind_watchdog(self) -> None:
         """From now on it has the whole interval again."""
@@ -233,9 +275,12 @@ class ForeignWorker:
             self._watchdog_at = time.monotonic() + self._watchdog_seconds
 
     def _broke(self, what: str) -> None:
+        self._fails(f"worker {self.worker} {what}")
+
+    def _fails(self, reason: str) -> None:
         self._is_leaving = True  # it is told to end once, and its drain signal is not for that
         self._ready_at = self._watchdog_at = None
-        self._on_event(FailedSaid(self.worker, f"worker {self.worker} {what}", is_ending=False))
+        self._on_event(FailedSaid(self.worker, reason, is_ending=False))
 
 
 def _notify_socket(address: str) -> socket.socket:
