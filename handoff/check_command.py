@@ -137,8 +137,11 @@ def _get(connection: socket.socket, target: str, deadline: float) -> tuple[int, 
         client.request("GET", (url.path or "/") + (f"?{url.query}" if url.query else ""), headers=headers)
         answer = client.getresponse()
         body = answer.read(_SHOWN_BYTES)
-        while answer.read(_SHOWN_BYTES):
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
+        while answer.read(_SHOWN_BYTES):  # the rest, however long: a command may not like to be cut off
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            connection.settimeout(left)
     except TimeoutError:
         raise _Unanswered from None
     except (OSError, HTTPException, ValueError) as error:

@@ -38,9 +38,9 @@ class Description:
         self.deadline = time.monotonic() + DESCRIBE_SECONDS
         self._shown = shlex.join(launch.describe)
         with contextlib.ExitStack() as undo:
-            self._output = bounded_file("output", MAXIMUM_DESCRIPTION_BYTES)
+            self._output = bounded_file("description", MAXIMUM_DESCRIPTION_BYTES)
             undo.callback(os.close, self._output)
-            self._errors = bounded_file("errors", _MAXIMUM_ERROR_BYTES)
+            self._errors = bounded_file("description-errors", _MAXIMUM_ERROR_BYTES)
             undo.callback(os.close, self._errors)
             try:
                 self._process = subprocess.Popen(
@@ -75,9 +75,14 @@ class Description:
                 raise HandoffError(
                     f"describe: {self._shown}: did not end within {DESCRIBE_SECONDS:g} s; make it quicker"
                 )
+            text = content_of(self._output)
+            if len(text) >= MAXIMUM_DESCRIPTION_BYTES:  # a write beyond that fails, which it may have died of
+                raise HandoffError(
+                    f"describe: {self._shown}: printed more than {MAXIMUM_DESCRIPTION_BYTES} bytes; print less"
+                )
             if status != 0:
                 raise HandoffError(f"describe: {self._shown}: {_how(status)}{self._last_words()}")
-            return self._decoded(content_of(self._output))
+            return self._decoded(text)
         finally:
             self._close()
 
@@ -103,10 +108,6 @@ class Description:
         return f": {one_line(words[-1])[:_MAXIMUM_REASON_CHARACTERS]}" if words else ""
 
     def _decoded(self, text: bytes) -> dict[str, Any]:
-        if len(text) >= MAXIMUM_DESCRIPTION_BYTES:
-            raise HandoffError(
-                f"describe: {self._shown}: printed more than {MAXIMUM_DESCRIPTION_BYTES} bytes; print less"
-            )
         try:
             return msgspec.json.decode(text, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -138,7 +139,7 @@ def _how(status: int) -> str:
 
 def bounded_file(name: str, size_bytes: int) -> int:
     """A file that cannot grow beyond its size; the caller owns it. No pipe: nobody need read while it is written."""
-    fd = os.memfd_create(f"handoff-description-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(f"handoff-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.truncate(fd, size_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)

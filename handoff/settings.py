@@ -26,6 +26,7 @@ class CompanionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     threads: int | None = None
     dialect: Dialect = "auto"
     ready_after_seconds: float | None = None
+    watchdog_seconds: float | None = None
     drain_signal: str = "TERM"
     boot_timeout_seconds: float | None = None
     stop_timeout_seconds: float | None = None

@@ -89,6 +89,7 @@ class ForeignWorker:
         self._log = log
         self._on_event = on_event
         self._is_executed = self._is_ready = self._is_leaving = False
+        self._has_heard_stranger = False
         self._begin_check = begin_check
         self._check: CommandCheck | None = None
         self._shown_check = f"check {settings.check}"
@@ -193,7 +194,7 @@ class ForeignWorker:
             sender, fds = _take_ancillary(ancillary)
             try:
                 if not _is_of(sender, self.pid):
-                    self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+                    self._heard_stranger(sender)
                 elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):  # half a word might be another one
                     self._log.warning("notification that is too long was ignored", worker=self.worker)
                 else:
@@ -201,6 +202,12 @@ class ForeignWorker:
             finally:
                 for fd in fds:  # also those of BARRIER=1, which waits for that
                     os.close(fd)
+
+    def _heard_stranger(self, pid: int) -> None:
+        """Told once: anybody on the machine may send here, as often as he likes."""
+        if not self._has_heard_stranger:
+            self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=pid)
+        self._has_heard_stranger = True
 
     def _failed(self, error: Exception) -> None:
         self._log.failure(f"notifications of worker {self.worker}", error)

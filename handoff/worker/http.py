@@ -89,7 +89,7 @@ class HTTPService:
         if self._settings.proxy_protocol != "off":
             rules = Rules(self._settings.proxy_protocol, self._settings.proxy_from)
         self._newcomers = Newcomers(rules, self._config.ssl, self._protocol)
-        self._foreign_slots = ForeignSlots(self._accept_from)
+        self._foreign_slots = ForeignSlots(lambda _, listener: self._accept_from(listener))
 
     async def run(self) -> None:
         """Returns when the drain has ended. Raises BootFailure."""
@@ -274,10 +274,10 @@ class HTTPService:
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master
-        servers, sockets = await self._foreign_slots.close()
-        for name, listener in self._listeners.items():
-            sockets.setdefault(name, []).append(listener)
-        ending = [one for name in self._link.ending_listeners for one in sockets.get(name, ())]
+        foreign = await self._foreign_slots.close()
+        servers = [server for some in foreign.values() for _, server in some]
+        ending = [self._listeners[name] for name in self._link.ending_listeners if name in self._listeners]
+        ending += [listener for name in self._link.ending_listeners for listener, _ in foreign.get(name, ())]
         await stop_accepting([*self._servers, *servers], ending, self._let_in)
         await self._until_idle()
         if not self._link.moves and self._adopts and not self._link.is_orphan:

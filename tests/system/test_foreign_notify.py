@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -65,6 +66,14 @@ def test_a_command_that_hangs_is_ended_and_replaced(
         service.stderr.wait_for(f"worker=1 .*from={'killed' if end == 'SIGKILL' else 'stopping'} .*was killed by {end}")
         service.stderr.wait_for("slot 0: worker 1 said no WATCHDOG=1 for 250ms; crash 1 in a row")
         service.stderr.wait_for("worker=2 .*to=accepting")
+
+
+def test_a_companion_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
+    words = json.dumps(written(tmp_path, HANGS))
+    (tmp_path / "app.py").write_text("async def app(scope, receive, send): ...\n")
+    (tmp_path / "handoff.toml").write_text(f'[companion.one]\ncommand = {words}\nwatchdog = "250ms"\n')
+    with Service(tmp_path, app="app:app") as service:
+        service.stderr.wait_for(r"companion one: worker \d+ said no WATCHDOG=1 for 250ms; crash 2 in a row")
 
 
 def test_a_command_may_change_its_interval(tmp_path: Path) -> None:
