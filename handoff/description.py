@@ -58,6 +58,10 @@ class Description:
                 raise HandoffError(f"describe: {self._shown}: cannot be started ({error.strerror})") from None
             undo.pop_all()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def fileno(self) -> int:
         """Readable when the command has ended."""
         return self._pidfd

@@ -60,6 +60,11 @@ class CommandCheck:
         self._is_open = True
         loop.watch(self._pidfd, Order.EXIT, self._ended)
 
+    @property
+    def pids(self) -> frozenset[int]:
+        """Of its process, as long as that is not reaped."""
+        return frozenset({self._process.pid} if self._is_open else ())
+
     def close(self) -> None:
         if self._is_open:
             self._is_open = False

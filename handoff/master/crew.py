@@ -100,7 +100,9 @@ class Crew:
         return iter(list(self._processes.values()))
 
     def pids(self) -> frozenset[int]:
-        return frozenset(process.pid for process in self._processes.values())
+        """Of all children, those included that check others."""
+        helpers = (one.foreign.helpers for one in self if one.foreign is not None)
+        return frozenset(process.pid for process in self).union(*helpers)
 
     def counters(self, process: WorkerProcess) -> tuple[int, ...]:
         return self._counters.read(process.boot.counters_row)

@@ -117,6 +117,11 @@ class ForeignWorker:
             self._log.warning(f"no socket for acks in {directory}: {error.strerror}", worker=self.worker)
             return None
 
+    @property
+    def helpers(self) -> frozenset[int]:
+        """Pids of our own processes that work for it."""
+        return frozenset() if self._check is None else self._check.pids
+
     def _is_of_worker(self, pid: int) -> bool:
         return _is_of(pid, self.pid)
 

@@ -293,7 +293,7 @@ class Master:
         for number in self._signals.read():
             if number is signal.SIGCHLD:
                 if os.getpid() == 1:
-                    reap_strangers(self._crew.pids() | self._companions.crew.pids())
+                    reap_strangers(self._crew.pids() | self._companions.crew.pids() | self._describing.pids())
                 continue
             self._log.info("signal", signal=number.name)
             self._events.append(_SIGNAL_EVENTS[number])

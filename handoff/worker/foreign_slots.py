@@ -27,8 +27,8 @@ class ForeignSlots:
         self._last = task
 
     async def _update(self, last: asyncio.Future[None] | None, message: AlsoAccept, fds: list[int]) -> None:
-        if last is not None:  # in order
-            await last
+        if last is not None:  # in order; one that failed must not take the later ones along
+            await asyncio.wait({last})
         new = iter(fds)
         for info in message.sockets:
             if info.is_new:
@@ -52,7 +52,7 @@ class ForeignSlots:
         """Nothing new from now on: by the name of the listener its sockets, and the servers, which are to be closed."""
         self._is_closed = True
         if self._last is not None:
-            await self._last
+            await asyncio.wait({self._last})
         found: dict[str, list[tuple[socket.socket, Server]]] = {}
         for (name, _), one in self._servers.items():
             found.setdefault(name, []).append(one)
