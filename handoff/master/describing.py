@@ -32,6 +32,10 @@ class Describing:
             return
         self._loop.watch(self._running, Order.EXIT, self._ended)
 
+    def pids(self) -> frozenset[int]:
+        """Of the process that runs, if one does."""
+        return frozenset(() if self._running is None else {self._running.pid})
+
     def next_deadline(self) -> float | None:
         return None if self._running is None else self._running.deadline
 

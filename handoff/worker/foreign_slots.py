@@ -14,7 +14,8 @@ from handoff.worker.accepting import Server, stop_accepting
 class ForeignSlots:
     """What this worker accepts from beside its own listeners. Owns those sockets."""
 
-    def __init__(self, serve: Callable[[socket.socket], Awaitable[Server]]) -> None:
+    def __init__(self, serve: Callable[[str, socket.socket], Awaitable[Server | None]]) -> None:
+        """`serve`: accept from a socket of the listener of this name; None: nobody here serves that."""
         self._serve = serve
         self._servers: dict[tuple[str, int], tuple[socket.socket, Server]] = {}
         self._last: asyncio.Future[None] | None = None
@@ -26,8 +27,8 @@ class ForeignSlots:
         self._last = task
 
     async def _update(self, last: asyncio.Future[None] | None, message: AlsoAccept, fds: list[int]) -> None:
-        if last is not None:  # in order
-            await last
+        if last is not None:  # in order; one that failed must not take the later ones along
+            await asyncio.wait({last})
         new = iter(fds)
         for info in message.sockets:
             if info.is_new:
@@ -37,20 +38,23 @@ class ForeignSlots:
                     continue
                 listener = socket.socket(fileno=fd)
                 listener.setblocking(False)
-                self._servers[info.name, info.slot] = (listener, await self._serve(listener))
+                server = await self._serve(info.name, listener)
+                if server is None:
+                    listener.close()
+                else:
+                    self._servers[info.name, info.slot] = (listener, server)
         wanted = {(info.name, info.slot) for info in message.sockets}
         gone = [self._servers.pop(key)[1] for key in list(self._servers) if key not in wanted]
         if gone:
             await stop_accepting(gone)
 
-    async def close(self) -> tuple[list[Server], dict[str, list[socket.socket]]]:
-        """Nothing new from now on: the servers, to be closed, and their sockets by the name of the listener."""
+    async def close(self) -> dict[str, list[tuple[socket.socket, Server]]]:
+        """Nothing new from now on: by the name of the listener its sockets, and the servers, which are to be closed."""
         self._is_closed = True
         if self._last is not None:
-            await self._last
-        servers = [server for _, server in self._servers.values()]
-        sockets: dict[str, list[socket.socket]] = {}
-        for (name, _), (listener, _) in self._servers.items():
-            sockets.setdefault(name, []).append(listener)
+            await asyncio.wait({self._last})
+        found: dict[str, list[tuple[socket.socket, Server]]] = {}
+        for (name, _), one in self._servers.items():
+            found.setdefault(name, []).append(one)
         self._servers.clear()
-        return servers, sockets
+        return found

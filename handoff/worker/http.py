@@ -22,7 +22,6 @@ from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketState
-from handoff.core.proxy_protocol import ProxyError
 from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
@@ -35,8 +34,9 @@ from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import BAD_CONFIGURATION, log_config
 from handoff.worker.measured import MeasuredHTTPProtocol
+from handoff.worker.newcomers import Newcomers
 from handoff.worker.protocol import HTTPProtocol
-from handoff.worker.proxied import RawServer, Rules, log_bad_beginning, read_beginning
+from handoff.worker.proxied import RawServer, Rules
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
 from handoff.worker.timeout import RequestTimeout
@@ -85,10 +85,11 @@ class HTTPService:
         self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
         self._changed = asyncio.Event()
         self._servers: list[Server] = []
-        self._proxy_rules: Rules | None = None
+        rules = None
         if self._settings.proxy_protocol != "off":
-            self._proxy_rules = Rules(self._settings.proxy_protocol, self._settings.proxy_from)
-        self._foreign_slots = ForeignSlots(self._accept_from)
+            rules = Rules(self._settings.proxy_protocol, self._settings.proxy_from)
+        self._newcomers = Newcomers(rules, self._config.ssl, self._protocol)
+        self._foreign_slots = ForeignSlots(lambda _, listener: self._accept_from(listener))
 
     async def run(self) -> None:
         """Returns when the drain has ended. Raises BootFailure."""
@@ -158,8 +159,8 @@ class HTTPService:
                 raise SystemExit(0)
         task.result()
 
-    def _protocol(self) -> HTTPProtocol:
-        return self._http(self._config, self._state, self._lifespan.state)
+    def _protocol(self, adopted: tuple[HTTPState, bytes] | None = None) -> HTTPProtocol:
+        return self._http(self._config, self._state, self._lifespan.state, adopted=adopted)
 
     def _protocol_of_check(self) -> HTTPProtocol:
         return HTTPProtocol(self._config, self._state, self._lifespan.state)
@@ -174,57 +175,32 @@ class HTTPService:
         self._balance()
 
     async def _accept_from(self, listener: socket.socket) -> Server:
-        if self._begins_raw:
+        if self._newcomers.are_due:
             return RawServer(listener, self._take_raw)
         loop, backlog = asyncio.get_running_loop(), self._settings.backlog
         return await loop.create_server(self._protocol, sock=listener, backlog=backlog)
 
-    @property
-    def _begins_raw(self) -> bool:
-        """A header or a handshake comes before HTTP; a drain waits for it."""
-        return self._proxy_rules is not None or self._config.ssl is not None
-
     async def _let_in(self, connection: socket.socket) -> None:
         """Serve a connection that was accepted just now; it is ours."""
-        if self._begins_raw:
+        if self._newcomers.are_due:
             self._take_raw(connection)
         else:
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
 
     def _take_raw(self, connection: socket.socket) -> None:
-        """A drain waits for it, as for one that is adopted."""
-        task = asyncio.ensure_future(self._begin(connection))
+        """A header or a handshake comes before HTTP; a drain waits for it, as for a connection that is adopted."""
+        task = asyncio.ensure_future(self._newcomers.begin(connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
-
-    async def _begin(self, connection: socket.socket) -> None:
-        """Read the header of the PROXY protocol, if there is to be one; shake hands for TLS; then serve."""
-        try:
-            client, data = await read_beginning(connection, self._proxy_rules)
-        except (ProxyError, TimeoutError, EOFError, OSError) as error:
-            log_bad_beginning(connection, error)
-            connection.close()
-            return
-        except BaseException:
-            connection.close()
-            raise
-        tls = self._config.ssl
-        adopted = None
-        if client is not None or data:
-            adopted = HTTPState(client=client, scheme="http" if tls is None else "https"), data
-        protocol = self._http(self._config, self._state, self._lifespan.state, adopted=adopted)
-        with contextlib.suppress(OSError):  # it went away, or TLS could not be agreed on: nobody was served yet
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection, ssl=tls)
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
         connection = socket_of(state, fds)
         protocol: HTTPProtocol | WebSocketProtocol
-        app_state = self._lifespan.state
         if isinstance(state, HTTPState):
-            protocol = self._http(self._config, self._state, app_state, adopted=(state, data))
+            protocol = self._protocol((state, data))
         elif isinstance(state, WebSocketState) and WEBSOCKET in self._adopts:
-            protocol = WebSocketProtocol(self._config, self._state, app_state, adopted=(state, data))
+            protocol = WebSocketProtocol(self._config, self._state, self._lifespan.state, adopted=(state, data))
         else:
             connection.close()
             raise Unreadable(f"a connection that is not taken here: {state}")
@@ -298,10 +274,10 @@ class HTTPService:
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master
-        servers, sockets = await self._foreign_slots.close()
-        for name, listener in self._listeners.items():
-            sockets.setdefault(name, []).append(listener)
-        ending = [one for name in self._link.ending_listeners for one in sockets.get(name, ())]
+        foreign = await self._foreign_slots.close()
+        servers = [server for some in foreign.values() for _, server in some]
+        ending = [self._listeners[name] for name in self._link.ending_listeners if name in self._listeners]
+        ending += [listener for name in self._link.ending_listeners for listener, _ in foreign.get(name, ())]
         await stop_accepting([*self._servers, *servers], ending, self._let_in)
         await self._until_idle()
         if not self._link.moves and self._adopts and not self._link.is_orphan:
@@ -384,6 +360,7 @@ class HTTPService:
         now = asyncio.get_running_loop().time()
         holds = [hold for connection in self._state.connections if (hold := _ours(connection).hold(now)) is not None]
         idle_tasks = len(self._state.tasks) - sum(hold.kind in ("request", "websocket") for hold in holds)
+        holds += self._newcomers.holds(now)
         holds += [Hold("task", "", "runs on after its response", 0.0)] * max(0, idle_tasks)
         holds.sort(key=lambda hold: -hold.age_seconds)
         return Holds(request=request, total=len(holds), holds=tuple(holds[:MAXIMUM_HOLDS]))
@@ -441,7 +418,7 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
             headers=headers,
         )
         config.load()
-        config.ssl = server_context(settings) or config.ssl
+        config.ssl = server_context(settings, boot.tls) or config.ssl
     except BAD_CONFIGURATION as error:
         raise BootFailure(f"uvicorn does not take these settings: {error}") from None
     assert config.lifespan_class in (LifespanOn, LifespanOff)
