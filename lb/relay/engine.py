@@ -134,7 +134,7 @@ class Engine:
         rules = service.rules
         if rules is None:
             attempt.begin(reads_header=False)
-        elif rules.trusts(client):
+        elif rules.trusts_peer(peer):
             attempt.begin(reads_header=True)
         elif rules.is_required:
             attempt.end("proxy", "its PROXY header is not trusted")
