@@ -31,7 +31,7 @@ from lb.core.compose import Leaving, Observed, Present, Record, compose, present
 from lb.core.ejection import EjectionRecord, EjectionRules, Ejections
 from lb.core.model import Balancer, Service
 from lb.core.naming import Answer, is_called_by_name
-from lb.core.overrides import Overrides, expired, next_expiry, retired, settled
+from lb.core.overrides import Overrides, expired, later, next_expiry, retired, settled
 from lb.core.standing import Administrative
 from lb.core.table import Closing, Endpoint, Table
 from lb.core.wire import TABLE_NAME
@@ -72,7 +72,11 @@ class Controller:
         self.applied = memory.applied if memory is not None and is_own else None
         self.balancer = self.applied or balancer
         self.wall_offset = offset_of(memory, time.time() - time.monotonic())
-        self.overrides = self._settled(store.load())
+        saved = store.load()
+        self.overrides = later(saved, memory.unsaved if memory is not None else None)
+        if self.overrides is not saved:
+            store.save(self.overrides)
+        self._hold(self._settled(self.overrides))
         self.records: dict[str, Record] = dict(memory.records) if memory is not None else {}
         self.leaving: dict[str, Leaving] = dict(memory.leaving) if memory is not None else {}
         self.answers: dict[str, Answer] = dict(memory.answers) if memory is not None else {}
@@ -170,9 +174,7 @@ class Controller:
 
     def override(self, overrides: Overrides) -> int:
         """These hold from now on. Returns the revision of the table that says so, which is on its way."""
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(overrides)
         return self.publish()
 
     def apply(self, balancer: Balancer) -> tuple[int, tuple[str, ...]]:
@@ -209,6 +211,8 @@ class Controller:
             self._write(TABLE_NAME, msgspec.json.encode(self.table))
             self.relays.send(self.table)
             self._left.clear()
+        elif self.store.problem is not None:
+            self._remember()
         self._check_and_ask()
         self._arm(now)
         self._notify()
@@ -267,9 +271,7 @@ class Controller:
         overrides, notes = expired(self.overrides, time.time())
         for note in notes:
             _LOG.info("%s", note)
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(overrides)
 
     def _observe(self, now: float) -> Observed:
         """What is known of those that are present, with all that follows from who came and who went."""
@@ -303,10 +305,7 @@ class Controller:
                         self._left_at.pop(one.identity, None)
                         leaving = self._leaving(one, service, now)
                         self.leaving[one.identity] = Leaving(service=service.name, pool=pool, endpoint=leaving)
-        overrides = retired(self.overrides, gone)
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(retired(self.overrides, gone))
 
     def _leaving(self, one: Endpoint, service: Service, now: float) -> Endpoint:
         seconds = self.departure_seconds.pop(one.identity, None)
@@ -337,9 +336,14 @@ class Controller:
         overrides, notes = settled(found, self.balancer, self.wall())
         for note in notes:
             _LOG.warning("%s", note)
-        if overrides != found:
-            self.store.save(overrides)
         return overrides
+
+    def _hold(self, overrides: Overrides) -> None:
+        """These hold from now on. Where the disk does not take them, the next table's `_remember` keeps them."""
+        if overrides == self.overrides:
+            return
+        self.overrides = msgspec.structs.replace(overrides, number=self.overrides.number + 1)
+        self.store.save(self.overrides)
 
     # --- what follows -----------------------------------------------------------------------------------------------
 
@@ -423,6 +427,7 @@ class Controller:
             ejections=ejections,
             leaving=self.leaving,
             answers=self.answers,
+            unsaved=self.overrides if self.store.problem is not None else None,
         )
         self._written_at = memory.written_at
         self._write(MEMORY_NAME, msgspec.json.encode(memory))
