@@ -156,16 +156,24 @@ class Controller:
         return True
 
     async def all_taken(self, revision: int, timeout: float) -> bool:
-        """Every relay worker that is connected has this table, or a later one. Shortly after our start those count as
-        well that are yet to connect."""
+        """Every relay worker that was ever connected, and lives, has this table, or a later one. Shortly after our
+        start those count as well that are yet to connect."""
 
         def is_done() -> bool:
-            return not self.relays.behind(revision) and (self._has_all() or time.monotonic() >= self._all_deadline)
+            if self.behind(revision):
+                return False
+            return self._has_all() or time.monotonic() >= self._all_deadline
 
         if not self._has_all():
             delay = self._all_deadline - time.monotonic()
             asyncio.get_running_loop().call_later(max(delay, 0.0), self._notify)
         return await self.wait_for(is_done, timeout)
+
+    def behind(self, revision: int) -> list[int]:
+        """The pids of those that may go by an older table: also of one that has lost its connection to us."""
+        connected = {peer.row for peer in self.relays.connected}
+        lost = [pid for row, pid in self.relays.seen.items() if row not in connected and self.page.owner(row) == pid]
+        return [*(peer.pid for peer in self.relays.behind(revision)), *lost]
 
     def _has_all(self) -> bool:
         return set(self.page.rows()) <= {peer.row for peer in self.relays.connected}
@@ -392,14 +400,14 @@ class Controller:
         """Who left is gone when nothing new can come to it any more, and nothing is left."""
         for identity in list(self.leaving):
             revision = self._left_at.setdefault(identity, self.table.revision)
-            if not self.relays.behind(revision) and self.connections(identity) == 0:
+            if not self.behind(revision) and self.connections(identity) == 0:
                 del self.leaving[identity], self._left_at[identity]
                 self._left.add(identity)
                 self.refresh()
 
     def _free_columns(self) -> None:
         """Only where every relay worker is known to have the table."""
-        if self.relays.behind(self.table.revision) or not self._has_all():
+        if self.behind(self.table.revision) or not self._has_all():
             return
         identities = frozenset(
             one.identity

@@ -106,6 +106,9 @@ class Engine:
             else:
                 service.dispatcher.take(route)
                 service.take(route)
+        for name in self._services.keys() - table.routes.keys():  # who waits for one that is gone is served as before
+            dispatcher = self._services[name].dispatcher
+            dispatcher.take(dispatcher.route)
         for attempt in list(self._attempts):
             attempt.table_changed()
         for target in self._targets:

@@ -14,6 +14,7 @@ import pytest
 
 from handoff.errors import HandoffError
 from lb.config import parse_config
+from lb.control import controller as controller_module
 from lb.control.admin import Door, may
 from lb.control.stored import MEMORY_NAME, initial_table, read_overrides
 from lb.core.admin import SOCKET_NAME
@@ -91,6 +92,34 @@ def test_a_switch_is_answered_when_every_relay_worker_has_it_and_rollback_is_the
             status, answer = await command(running, "rollback", service="shop")
             assert (status, answer["revision"]) == (200, 3)
             assert one.tables[-1].routes["shop"].shares == {"blue": 100}
+
+    run(test)
+
+
+def test_a_switch_waits_for_a_relay_worker_that_has_lost_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_module, "RECONNECT_SECONDS", 0.0)
+
+    async def test() -> None:
+        async with (
+            backend() as blue,
+            backend() as green,
+            controller(config(blue, green=(green,)), tmp_path) as running,
+            relay(running.directory) as one,
+            relay(running.directory, slot=1) as other,
+        ):
+            for each in (one, other):
+                await each.table(is_up)
+            other.writer.close()
+            await other.until(lambda: other.is_closed)
+            switching = asyncio.ensure_future(command(running, "switch", service="shop", pool="green"))
+            await one.table(lambda table: table.routes["shop"].shares == {"green": 100})
+            assert (await status_of(running))["services"]["shop"]["revision"] == 2
+            assert not switching.done()
+            await other.connect()
+            assert (await switching)[0] == 200
+            assert other.tables[-1].routes["shop"].shares == {"green": 100}
 
     run(test)
 
