@@ -9,13 +9,14 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from handoff.addresses import Bind, parse_bind
+from handoff.addresses import parse_bind
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name, shown_value
 from lb.check_rules import OF_TYPE, refusal
 from lb.core.algorithms import ALGORITHMS
 from lb.core.choice import MAXIMUM_WEIGHT
 from lb.core.model import Backend, Balancer, Check, Ejection, HelloRoute, Service, Timeouts
+from lb.loops import is_same_address, own_addresses
 from lb.positions import Path, Positions
 from lb.route_rules import MAXIMUM_ROUTES, ROUTE, useless
 from lb.tables import Read, TableReader
@@ -192,33 +193,13 @@ class _Reader(TableReader):
 
     def _refuse_loops(self, services: tuple[Service, ...], admin: str | None) -> None:
         """A listener of ours as a backend would relay to itself until nothing is left."""
-        own = _own_addresses(services, admin)
+        own = own_addresses(services, admin)
         for index, service in enumerate(services):
             for name, pool in service.pools.items():
                 for backend in pool:
                     if any(is_same_address(parse_bind(backend.address), one) for one in own):
                         path = ("service", index, "pool", name, "backends")
                         self._fail(path, backend.address, "is an address that this balancer listens on itself")
-
-
-def is_own_address(balancer: Balancer, bind: Bind) -> bool:
-    """What is sent there comes back to this balancer."""
-    return any(is_same_address(bind, one) for one in _own_addresses(balancer.services, balancer.admin))
-
-
-def _own_addresses(services: tuple[Service, ...], admin: str | None) -> list[Bind]:
-    own = [parse_bind(one) for service in services for one in service.listen]
-    return [*own, parse_bind(admin)] if admin else own
-
-
-def is_same_address(backend: Bind, listener: Bind) -> bool:
-    """What is sent to the one arrives at the other."""
-    if backend.kind != listener.kind:
-        return False
-    if backend.kind != "tcp":
-        return backend.path == listener.path
-    anywhere = listener.host in ("0.0.0.0", "::") and backend.host in ("127.0.0.1", "::1", "localhost")
-    return backend.port == listener.port and (backend.host == listener.host or anywhere)
 
 
 # --- how values are read --------------------------------------------------------------------------------------------

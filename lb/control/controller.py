@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 
 from handoff.addresses import parse_bind
-from lb.config import is_own_address
 from lb.control.files import boot_id, run_id, write_atomically
 from lb.control.names import Names
 from lb.control.probes import Probes
@@ -35,6 +34,7 @@ from lb.core.overrides import Overrides, expired, later, next_expiry, retired, s
 from lb.core.standing import Administrative
 from lb.core.table import Closing, Endpoint, Table
 from lb.core.wire import TABLE_NAME
+from lb.loops import is_own_address
 from lb.page import CURRENT, Page
 
 TICK_SECONDS = 1.0

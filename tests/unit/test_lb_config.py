@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
+from handoff.addresses import parse_bind
 from handoff.errors import UsageError
 from lb.check_files import refuse_missing
 from lb.config import parse_config
 from lb.core.model import Backend, Balancer, Check, Service, Timeouts
+from lb.loops import is_same_address
 from lb.positions import Positions
 
 FULL = """
@@ -113,6 +116,40 @@ def test_each_mistake_is_told_with_its_line(old: str, new: str, problem: str) ->
         parse_config(FULL.replace(old, new, 1), "lb.toml")
     assert caught.value.message.startswith(f"lb.toml: {problem}")
     assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("listen", "backend"),
+    [
+        ("127.0.0.1:80", "127.0.0.1:80"),
+        ("127.0.0.1:80", "localhost:80"),
+        ("127.0.0.1:80", "0.0.0.0:80"),
+        ("127.0.0.1:80", "[::ffff:127.0.0.1]:80"),
+        ("[::1]:80", "[0::0:1]:80"),
+        ("0.0.0.0:80", "127.0.0.2:80"),
+        (":80", "0.0.0.0:80"),
+        ("[::]:80", "127.0.0.1:80"),
+        ("[::]:80", "localhost:80"),
+        ("unix:a.sock?mode=0660", "unix:./a.sock"),
+    ],
+)
+def test_an_own_listener_is_no_backend_however_it_is_written(listen: str, backend: str) -> None:
+    text = f'[[service]]\nname = "a"\nlisten = "{listen}"\n[service.pool.b]\nbackends = ["{backend}"]\n'
+    with pytest.raises(UsageError, match=r"line 5: .* is an address that this balancer listens on itself"):
+        parse_config(text, "lb.toml")
+    for other in (backend.replace(":80", ":81").replace("a.sock", "b.sock"), "198.51.100.1:80", "app.internal:80"):
+        parse_config(text.replace(f'["{backend}"]', f'["{other}"]'), "lb.toml")
+
+
+def test_behind_a_listener_on_all_addresses_none_of_this_machine_is_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener, own = parse_bind("0.0.0.0:80"), parse_bind("198.51.100.9:80")
+    assert not is_same_address(own, listener)
+    taken: list[object] = []
+    monkeypatch.setattr(socket.socket, "bind", lambda _, address: taken.append(address))
+    assert is_same_address(own, listener)
+    assert taken == [("198.51.100.9", 0)]
+    monkeypatch.setattr(Path, "read_text", lambda _: "1\n")
+    assert not is_same_address(own, listener), "where any address can be bound, that says nothing"
 
 
 @pytest.mark.parametrize(
