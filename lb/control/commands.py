@@ -51,7 +51,7 @@ from lb.core.overrides import (
 )
 from lb.core.reloading import taken_in_place
 from lb.core.standing import Administrative
-from lb.loops import is_own_address
+from lb.own_addresses import is_own_address
 
 MAXIMUM_FENCE_LENGTH = 256
 COUNT_SECONDS = 0.05

@@ -34,7 +34,7 @@ from lb.core.overrides import Overrides, expired, later, next_expiry, retired, s
 from lb.core.standing import Administrative
 from lb.core.table import Closing, Endpoint, Table
 from lb.core.wire import TABLE_NAME
-from lb.loops import is_own_address
+from lb.own_addresses import is_own_address
 from lb.page import CURRENT, Page
 
 TICK_SECONDS = 1.0

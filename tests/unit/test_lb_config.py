@@ -12,7 +12,7 @@ from handoff.errors import UsageError
 from lb.check_files import refuse_missing
 from lb.config import parse_config
 from lb.core.model import Backend, Balancer, Check, Service, Timeouts
-from lb.loops import is_same_address
+from lb.own_addresses import is_same_address
 from lb.positions import Positions
 
 FULL = """
@@ -104,6 +104,12 @@ def test_everything_that_the_file_can_say() -> None:
         ("status = [200, 204]", "status = [204, 200]", "line 25: status: [204, 200]: expected the lowest first"),
         ("10.0.0.2:8000", "127.0.0.1:5433", "line 18: 127.0.0.1:5433 is an address that this balancer listens on"),
         ("10.0.0.2:8000", "127.0.0.1:8404", "line 18: 127.0.0.1:8404 is an address that this balancer listens on"),
+        (
+            "127.0.0.1:8404",
+            "10.0.0.9:8404",
+            "line 5: admin 10.0.0.9:8404: can be reached from other machines; set admin",
+        ),
+        ("127.0.0.1:8404", "[::]:8404", "line 5: admin [::]:8404: can be reached from other machines; set admin_token"),
         ('"127.0.0.1:5433"', '"udp:127.0.0.1:53"', 'line 32: listen: "udp:127.0.0.1:53": expected addresses of TCP'),
         ('name = "db"', 'name = "shop"', "line 31: shop is there twice; give each a name of its own"),
         ('listen = "127.0.0.1:5433"\n', "", "line 30: listen is missing"),
@@ -269,6 +275,30 @@ def test_each_mistake_in_a_check_is_told_with_its_line(old: str, new: str, probl
         parse_config(CHECKS.replace(old, new, 1), "lb.toml")
     assert caught.value.message.startswith(f"lb.toml: {problem}"), caught.value.message
     assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "problem"),
+    [
+        (None, 0, "cannot be read (No such file or directory)"),
+        (" \n", 0o600, "holds no token; write one line of 1 to 4096 characters"),
+        ("secret\n", 0o644, "can be read by everybody; chmod 600 it"),
+        ("secret\n", 0o600, ""),
+    ],
+)
+def test_a_token_file_that_is_no_use_is_said_before_anything_runs(
+    tmp_path: Path, text: str | None, mode: int, problem: str
+) -> None:
+    balancer = parse_config(FULL.replace('"127.0.0.1:8404"', '"0.0.0.0:8404"\nadmin_token_file = "token"'), "lb.toml")
+    if text is not None:
+        (tmp_path / "token").write_text(text)
+        (tmp_path / "token").chmod(mode)
+    if problem:
+        with pytest.raises(UsageError) as caught:
+            refuse_missing(balancer, "lb.toml", str(tmp_path))
+        assert caught.value.message == f"lb.toml: admin_token_file {tmp_path}/token: {problem}"
+    else:
+        refuse_missing(balancer, "lb.toml", str(tmp_path))
 
 
 def test_files_that_checks_need_are_looked_for(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Whether what is sent to a backend comes back to the balancer: it would relay to itself until nothing is left."""
+"""Addresses: which of them lead back to the balancer, that would relay to itself until nothing is left; which lead to
+other machines."""
 
 from __future__ import annotations
 
@@ -38,6 +39,12 @@ def is_same_address(backend: Bind, listener: Bind) -> bool:
     if own.is_unspecified:
         return target.is_loopback or target.is_unspecified or _is_of_this_machine(target)
     return target == own or (target.is_unspecified and own.is_loopback)  # ip(7): who connects to "any" reaches itself
+
+
+def is_exposed(listener: Bind) -> bool:
+    """Other machines may reach it. Of a name that is not known before it is bound."""
+    address = _ip(listener.host) if listener.kind == "tcp" else None
+    return address is not None and not address.is_loopback
 
 
 def _ip(host: str) -> _IP | None:
