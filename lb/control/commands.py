@@ -16,7 +16,7 @@ from handoff.addresses import parse_bind
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name
 from lb.check_files import refuse_missing
-from lb.config import MAXIMUM_BACKENDS, is_own_address, parse_config
+from lb.config import MAXIMUM_BACKENDS, parse_config
 from lb.control.controller import Controller
 from lb.control.switching import prepare, published, rollback, switch
 from lb.core.admin import (
@@ -51,6 +51,7 @@ from lb.core.overrides import (
 )
 from lb.core.reloading import taken_in_place
 from lb.core.standing import Administrative
+from lb.own_addresses import is_own_address
 
 MAXIMUM_FENCE_LENGTH = 256
 COUNT_SECONDS = 0.05

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 
 from handoff.addresses import parse_bind
-from lb.config import is_own_address
 from lb.control.files import boot_id, run_id, write_atomically
 from lb.control.names import Names
 from lb.control.probes import Probes
@@ -31,10 +30,11 @@ from lb.core.compose import Leaving, Observed, Present, Record, compose, present
 from lb.core.ejection import EjectionRecord, EjectionRules, Ejections
 from lb.core.model import Balancer, Service
 from lb.core.naming import Answer, is_called_by_name
-from lb.core.overrides import Overrides, expired, next_expiry, retired, settled
+from lb.core.overrides import Overrides, expired, later, next_expiry, retired, settled
 from lb.core.standing import Administrative
 from lb.core.table import Closing, Endpoint, Table
 from lb.core.wire import TABLE_NAME
+from lb.own_addresses import is_own_address
 from lb.page import CURRENT, Page
 
 TICK_SECONDS = 1.0
@@ -72,7 +72,11 @@ class Controller:
         self.applied = memory.applied if memory is not None and is_own else None
         self.balancer = self.applied or balancer
         self.wall_offset = offset_of(memory, time.time() - time.monotonic())
-        self.overrides = self._settled(store.load())
+        saved = store.load()
+        self.overrides = later(saved, memory.unsaved if memory is not None else None)
+        if self.overrides is not saved:
+            store.save(self.overrides)
+        self._hold(self._settled(self.overrides))
         self.records: dict[str, Record] = dict(memory.records) if memory is not None else {}
         self.leaving: dict[str, Leaving] = dict(memory.leaving) if memory is not None else {}
         self.answers: dict[str, Answer] = dict(memory.answers) if memory is not None else {}
@@ -152,16 +156,24 @@ class Controller:
         return True
 
     async def all_taken(self, revision: int, timeout: float) -> bool:
-        """Every relay worker that is connected has this table, or a later one. Shortly after our start those count as
-        well that are yet to connect."""
+        """Every relay worker that was ever connected, and lives, has this table, or a later one. Shortly after our
+        start those count as well that are yet to connect."""
 
         def is_done() -> bool:
-            return not self.relays.behind(revision) and (self._has_all() or time.monotonic() >= self._all_deadline)
+            if self.behind(revision):
+                return False
+            return self._has_all() or time.monotonic() >= self._all_deadline
 
         if not self._has_all():
             delay = self._all_deadline - time.monotonic()
             asyncio.get_running_loop().call_later(max(delay, 0.0), self._notify)
         return await self.wait_for(is_done, timeout)
+
+    def behind(self, revision: int) -> list[int]:
+        """The pids of those that may go by an older table: also of one that has lost its connection to us."""
+        connected = {peer.row for peer in self.relays.connected}
+        lost = [pid for row, pid in self.relays.seen.items() if row not in connected and self.page.owner(row) == pid]
+        return [*(peer.pid for peer in self.relays.behind(revision)), *lost]
 
     def _has_all(self) -> bool:
         return set(self.page.rows()) <= {peer.row for peer in self.relays.connected}
@@ -170,9 +182,7 @@ class Controller:
 
     def override(self, overrides: Overrides) -> int:
         """These hold from now on. Returns the revision of the table that says so, which is on its way."""
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(overrides)
         return self.publish()
 
     def apply(self, balancer: Balancer) -> tuple[int, tuple[str, ...]]:
@@ -209,6 +219,8 @@ class Controller:
             self._write(TABLE_NAME, msgspec.json.encode(self.table))
             self.relays.send(self.table)
             self._left.clear()
+        elif self.store.problem is not None:
+            self._remember()
         self._check_and_ask()
         self._arm(now)
         self._notify()
@@ -267,9 +279,7 @@ class Controller:
         overrides, notes = expired(self.overrides, time.time())
         for note in notes:
             _LOG.info("%s", note)
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(overrides)
 
     def _observe(self, now: float) -> Observed:
         """What is known of those that are present, with all that follows from who came and who went."""
@@ -303,10 +313,7 @@ class Controller:
                         self._left_at.pop(one.identity, None)
                         leaving = self._leaving(one, service, now)
                         self.leaving[one.identity] = Leaving(service=service.name, pool=pool, endpoint=leaving)
-        overrides = retired(self.overrides, gone)
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(retired(self.overrides, gone))
 
     def _leaving(self, one: Endpoint, service: Service, now: float) -> Endpoint:
         seconds = self.departure_seconds.pop(one.identity, None)
@@ -337,9 +344,14 @@ class Controller:
         overrides, notes = settled(found, self.balancer, self.wall())
         for note in notes:
             _LOG.warning("%s", note)
-        if overrides != found:
-            self.store.save(overrides)
         return overrides
+
+    def _hold(self, overrides: Overrides) -> None:
+        """These hold from now on. Where the disk does not take them, the next table's `_remember` keeps them."""
+        if overrides == self.overrides:
+            return
+        self.overrides = msgspec.structs.replace(overrides, number=self.overrides.number + 1)
+        self.store.save(self.overrides)
 
     # --- what follows -----------------------------------------------------------------------------------------------
 
@@ -388,14 +400,14 @@ class Controller:
         """Who left is gone when nothing new can come to it any more, and nothing is left."""
         for identity in list(self.leaving):
             revision = self._left_at.setdefault(identity, self.table.revision)
-            if not self.relays.behind(revision) and self.connections(identity) == 0:
+            if not self.behind(revision) and self.connections(identity) == 0:
                 del self.leaving[identity], self._left_at[identity]
                 self._left.add(identity)
                 self.refresh()
 
     def _free_columns(self) -> None:
         """Only where every relay worker is known to have the table."""
-        if self.relays.behind(self.table.revision) or not self._has_all():
+        if self.behind(self.table.revision) or not self._has_all():
             return
         identities = frozenset(
             one.identity
@@ -423,6 +435,7 @@ class Controller:
             ejections=ejections,
             leaving=self.leaving,
             answers=self.answers,
+            unsaved=self.overrides if self.store.problem is not None else None,
         )
         self._written_at = memory.written_at
         self._write(MEMORY_NAME, msgspec.json.encode(memory))

@@ -18,7 +18,7 @@ from lb.core.compose import Leaving, Observed, Record, compose
 from lb.core.ejection import EjectionRecord
 from lb.core.model import Balancer
 from lb.core.naming import Answer
-from lb.core.overrides import VERSION, Overrides, expired, settled
+from lb.core.overrides import VERSION, Overrides, expired, later, settled
 from lb.core.table import Table
 from lb.core.wire import TABLE_NAME
 
@@ -53,6 +53,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     leaving: dict[str, Leaving]
     answers: dict[str, Answer] = {}
     """What names stand for."""
+    unsaved: Overrides | None = None
+    """Overrides that hold, and could not be made durable."""
 
     def observed(self, now: float) -> Observed:
         out = {
@@ -86,7 +88,8 @@ def initial_table(balancer: Balancer, generation: int, runtime_directory: Path, 
             return last
         balancer = memory.applied or balancer
     now, wall = time.monotonic(), time.time()
-    overrides, _ = settled(expired(read_overrides(state_directory), wall)[0], balancer, wall)
+    found = later(read_overrides(state_directory), memory.unsaved if memory is not None else None)
+    overrides, _ = settled(expired(found, wall)[0], balancer, wall)
     observed = memory.observed(now) if memory is not None else Observed()
     return compose(
         balancer, overrides, observed, generation=generation, revision=0, wall_offset=offset_of(memory, wall - now)

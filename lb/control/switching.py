@@ -79,7 +79,7 @@ async def published(controller: Controller, revision: int, done: str) -> Answer:
     """Done, once every relay worker goes by this table."""
     if await controller.all_taken(revision, TAKEN_SECONDS):
         return Answer(exit_code=0, message=done)
-    pids = ", ".join(str(peer.pid) for peer in controller.relays.behind(revision)) or "some"
+    pids = ", ".join(map(str, controller.behind(revision))) or "some"
     problem = f"{done}, but not everywhere after {TAKEN_SECONDS:g} s: relay workers {pids} have not taken it"
     return Answer(exit_code=TIMED_OUT, message=problem)
 

@@ -38,7 +38,7 @@ from lb.core.client_hello import Incomplete as IncompleteHello
 from lb.page import CONNECT_NANOSECONDS, FAILED, TOTAL
 from lb.relay import connecting
 from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
-from lb.relay.loop import LEAVING, READ, WRITE, Loop
+from lb.relay.loop import ERROR, LEAVING, READ, WRITE, Loop
 from lb.relay.relay import reset_at_close
 from lb.relay.targets import Target
 
@@ -425,7 +425,7 @@ class Attempt:
             self._is_watched = bool(mask)
             self._loop.watch(self.client.fileno(), mask, self._client_event)
 
-    def _client_event(self, _mask: int) -> None:
+    def _client_event(self, mask: int) -> None:
         if self.is_over:
             return
         if self.phase is Phase.HEADER:
@@ -435,12 +435,12 @@ class Attempt:
             self._hello_event()
             return
         try:  # it has sent a FIN, or a reset; a FIN may be half of a conversation: then it has said something before
-            has_said = bool(self._first or self.client.recv(1, socket.MSG_PEEK))
+            is_there = not mask & ERROR and bool(self._first or self.client.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return
         except OSError:
-            has_said = False
-        if not has_said:
+            is_there = False
+        if not is_there:
             self.end("client", "left")
 
     def end(self, side: str, reason: str, is_late: bool = False) -> None:

@@ -9,6 +9,7 @@ from lb.relay.targets import Target
 
 PENDING = errno.EINPROGRESS
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_SOCKET, _OOBINLINE = int(socket.SOL_SOCKET), int(socket.SO_OOBINLINE)
 _UNIX, _TCP, _NODELAY = int(socket.AF_UNIX), int(socket.IPPROTO_TCP), int(socket.TCP_NODELAY)
 
 
@@ -22,6 +23,7 @@ def begin(target: Target) -> tuple[socket.socket | None, int]:
         assert server is not None
         if family != _UNIX:
             server.setsockopt(_TCP, _NODELAY, 1)
+            server.setsockopt(_SOCKET, _OOBINLINE, 1)  # as what is accepted
         failure = server.connect_ex(address)
         if failure == PENDING and target.is_local:  # it is done by now, and nobody has said so: ask
             failure = server.connect_ex(address)

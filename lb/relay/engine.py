@@ -112,6 +112,9 @@ class Engine:
             else:
                 service.dispatcher.take(route)
                 service.take(route)
+        for name in self._services.keys() - table.routes.keys():  # who waits for one that is gone is served as before
+            dispatcher = self._services[name].dispatcher
+            dispatcher.take(dispatcher.route)
         for attempt in list(self._attempts):
             attempt.table_changed()
         for target in self._targets:
@@ -141,7 +144,7 @@ class Engine:
         rules = service.rules
         if rules is None:
             attempt.begin(reads_header=False)
-        elif rules.trusts(client):
+        elif rules.trusts_peer(peer):
             attempt.begin(reads_header=True)
         elif rules.is_required:
             attempt.end("proxy", "its PROXY header is not trusted")

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from lb.relay.flow import Flow, FlowState, Result
-from lb.relay.loop import READ, READABLE, WRITABLE, WRITE, Loop
+from lb.relay.loop import ERROR, FAILING, READ, READABLE, WRITABLE, WRITE, Loop
 from lb.relay.timers import PATIENT_SECONDS
 
 RESET_SECONDS = 2.0
@@ -28,7 +28,7 @@ _RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # struct linger: socket(7)
 
 
 class Limits:
-    """Seconds; None: none. `idle`: nothing either way; `fin`: one side has ended, and the other goes on alone.
+    """Seconds; None: none. `idle`: nothing either way; `fin`: the same once one side has ended, or is gone.
 
     `first_byte`: of the server's, from the beginning. `tunnel`: in place of `idle` when both sides have said something.
     """
@@ -177,6 +177,8 @@ class Relay:
             result = up.pump()
             if result is not _OPEN:
                 self._act(up, result)
+        elif mask & ERROR and not self._is_closed and self._resetting is None:
+            self._act(self._down, _SINK_GONE)  # it was reset while nothing is read of it
 
     def server_event(self, mask: int) -> None:
         down = self._down
@@ -187,6 +189,8 @@ class Relay:
             result = down.pump()
             if result is not _OPEN:
                 self._act(down, result)
+        elif mask & ERROR and not self._is_closed and self._resetting is None:
+            self._act(self._up, _SINK_GONE)  # it was reset while nothing is read of it
 
     def _act(self, flow: Flow, result: Result) -> None:
         if result is _ENDED and not self._is_gone:
@@ -209,6 +213,8 @@ class Relay:
         other = self._down if flow is self._up else self._up
         if not other.is_read:
             self._reset(self._client if flow is self._up else self._server)
+        else:
+            self._loop.timers.arm(self)
 
     def _reset(self, sock: socket.socket) -> None:
         """This side is to see the reset that the other one sent; what came before it goes first."""
@@ -227,9 +233,11 @@ class Relay:
         if now < self._ending_at and _unacknowledged_bytes(sock):
             self._look_at = now + LOOK_SECONDS
             return False
-        is_client = sock is self._client
-        self._close("reset", "server" if is_client else "client", reset_client=is_client, reset_server=not is_client)
+        self._pass_on_reset(is_client=sock is self._client)
         return True
+
+    def _pass_on_reset(self, is_client: bool) -> None:
+        self._close("reset", "server" if is_client else "client", reset_client=is_client, reset_server=not is_client)
 
     def _shut(self, flow: Flow) -> None:
         """All is delivered and no more comes: FIN."""
@@ -252,8 +260,8 @@ class Relay:
     def _watch(self) -> None:
         up, down = self._up, self._down
         self._watch_for(
-            (READ if up.is_read and not up.has_pending else 0) | (WRITE if down.has_pending else 0),
-            (READ if down.is_read and not down.has_pending else 0) | (WRITE if up.has_pending else 0),
+            ((READ if up.is_read and not up.has_pending else 0) | (WRITE if down.has_pending else 0)) or FAILING,
+            ((READ if down.is_read and not down.has_pending else 0) | (WRITE if up.has_pending else 0)) or FAILING,
         )
 
     def _watch_for(self, client_mask: int, server_mask: int) -> None:
@@ -279,7 +287,8 @@ class Relay:
         if self._resetting is not None:
             return self._look_at
         limits = self._limits
-        if self._shut_at is None and limits.first_byte_seconds is None and limits.tunnel_seconds is None:
+        is_plain = self._shut_at is None and limits.first_byte_seconds is None and limits.tunnel_seconds is None
+        if is_plain and not self._is_gone:
             return None if limits.idle_seconds is None else self._last_at + limits.idle_seconds  # as most are
         return min((at for at, _ in self._deadlines()), default=None)
 
@@ -289,6 +298,9 @@ class Relay:
             self._has_reset(now)
             return
         for at, cause in self._deadlines():
+            if at <= now and cause == "reset":
+                self._pass_on_reset(is_client=not self._up.is_written)
+                return
             if at <= now:
                 self._close(cause, self._who_is_late(), reset_client=True, reset_server=True)
                 return
@@ -301,8 +313,8 @@ class Relay:
     def _deadlines(self) -> list[tuple[float, str]]:
         limits, found = self._limits, []
         has_answer = self._down.total > 0
-        if self._shut_at is not None and limits.fin_seconds is not None:
-            found.append((self._shut_at + limits.fin_seconds, "fin"))
+        if limits.fin_seconds is not None and (self._is_gone or self._shut_at is not None):
+            found.append((self._last_at + limits.fin_seconds, "reset" if self._is_gone else "fin"))
         if limits.first_byte_seconds is not None and not has_answer:
             found.append((self.began_at + limits.first_byte_seconds, "first byte"))
         is_tunnel = limits.tunnel_seconds is not None and has_answer and self._up.total > 0

@@ -117,6 +117,8 @@ class RelayWorker:
         self._drain({_service_of(name) for name in ending})
         self._link.close()
         loop.shut_down()
+        if self._log is not None:
+            self._log.close()
 
     def _turn(self, timeout: float | None) -> None:
         self._loop.turn(timeout)
