@@ -344,6 +344,7 @@ _TIMEOUTS: dict[str, tuple[str, Read]] = {
     "drain": ("drain_seconds", _duration_or_none),
     "spread": ("spread_seconds", _duration),
     "client_hello": ("client_hello_seconds", _duration),
+    "silent": ("silent_seconds", _duration_or_none),
 }
 _EJECTION: dict[str, tuple[str, Read]] = {
     "failures": ("failures", _number(0, 1000)),

@@ -39,6 +39,7 @@ from lb.page import CONNECT_NANOSECONDS, FAILED, TOTAL
 from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
 from lb.relay.loop import LEAVING, READ, WRITE, Loop
 from lb.relay.relay import reset_at_close
+from lb.relay.silence import notice_silence
 from lb.relay.targets import Target
 
 if TYPE_CHECKING:
@@ -334,9 +335,12 @@ class Attempt:
         assert target.address is not None
         family, address = target.address
         try:
-            self._server = server = socket.SocketType(family, _STREAM)  # type: ignore[assignment]  # as in Acceptor
+            server: socket.socket = socket.SocketType(family, _STREAM)  # type: ignore[assignment]  # as in Acceptor
+            self._server = server
             if family != socket.AF_UNIX:
                 server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if not target.is_local:
+                    notice_silence(server, self._dispatcher.route.timeouts.silent_seconds)
             failure = server.connect_ex(address)
             if failure == _PENDING and target.is_local:  # it is done by now, and nobody has said so: ask
                 failure = server.connect_ex(address)

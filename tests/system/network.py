@@ -27,7 +27,7 @@ class Machine:
 
     def __init__(self, network: Network, name: str, number: int) -> None:
         self.name, self.address = name, f"{NETWORK}.{number}"
-        self.namespace = f"handoff-{os.getpid()}-{name}"
+        self.namespace = f"handoff-net-{os.getpid()}-{name}"
         self.command = ["ip", "netns", "exec", self.namespace]
         """What runs a command there."""
         self._network, self._port = network, f"to-{name}"
@@ -88,7 +88,7 @@ class Network:
 
     def __init__(self, **machines: int) -> None:
         """Their names, and the last numbers of their addresses."""
-        self.switch = f"handoff-{os.getpid()}-switch"
+        self.switch = f"handoff-net-{os.getpid()}-switch"
         self._machines = {name: Machine(self, name, number) for name, number in machines.items()}
         self._undo = contextlib.ExitStack()
 
