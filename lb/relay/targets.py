@@ -51,7 +51,7 @@ class Target:
         if self._column is None:
             _LOG.warning("%s: is counted by each relay worker alone: more than %d backends", endpoint.identity, COLUMNS)
         self.address = numeric_address(endpoint.address)
-        """None: its name has no address yet, and it is never eligible."""
+        """None: its name, or its zone, has none yet, and it is never eligible."""
         self.is_local = _is_loopback(self.address)
         """Within this machine, where a connection is made while we ask for it."""
         self.latency = PeakAverage()
@@ -97,6 +97,8 @@ class Targets:
         target = self._known.get(endpoint.identity)
         if target is None:
             target = self._known[endpoint.identity] = Target(endpoint, self._page)
+        elif target.address is None:
+            target.address = numeric_address(endpoint.address)
         target.endpoint = endpoint
         target.is_listed = True
         return target
@@ -122,7 +124,7 @@ class Targets:
 
 
 def numeric_address(text: str) -> Address | None:
-    """Of HOST:PORT, [V6%ZONE]:PORT or unix:PATH; None for a name."""
+    """Of HOST:PORT, [V6%ZONE]:PORT or unix:PATH; None for a name, and for a zone that is not there (now)."""
     bind = parse_bind(text)
     if bind.kind == "unix":
         return socket.AF_UNIX, bind.path
@@ -133,7 +135,11 @@ def numeric_address(text: str) -> Address | None:
         return None
     if version == 4:
         return socket.AF_INET, (host, bind.port)
-    return socket.AF_INET6, (host, bind.port, 0, _scope(zone))
+    try:
+        return socket.AF_INET6, (host, bind.port, 0, _scope(zone))
+    except OSError as error:
+        _LOG.warning("%s: its zone is not known: %s", text, (error.strerror or "").lower())
+        return None
 
 
 def _is_loopback(address: Address | None) -> bool:

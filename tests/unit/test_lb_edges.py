@@ -232,6 +232,20 @@ def test_a_zone_goes_to_the_kernel_as_a_number() -> None:
     assert numeric_address("[fe80::1%7]:80") == (socket.AF_INET6, ("fe80::1", 80, 0, 7))
 
 
+def test_a_zone_that_is_not_there_holds_up_no_other_backend_and_is_looked_for_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = rig.backend()
+    away = endpoint("[fe80::1%away0]:80", "away")
+    rig.serve(away, endpoint(backend))
+    rig.client()
+    rig.until(lambda: backend.look() == 1, "it is relayed")
+    assert rig.failures == []
+    monkeypatch.setattr(socket, "if_nametoindex", {"away0": 7}.__getitem__)
+    rig.serve(away, endpoint(backend))
+    assert next(one.address for one in rig.engine._targets) == (socket.AF_INET6, ("fe80::1", 80, 0, 7))
+
+
 def test_small_packets_wait_for_nothing_and_silent_peers_are_noticed(rig: Rig) -> None:
     backend = rig.backend()
     rig.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as those of handoff are
