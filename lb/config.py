@@ -265,6 +265,15 @@ def _read_numeric(value: Any) -> str:
         raise ValueError("expected an IP address, without a port") from None
 
 
+def _read_peers(value: Any) -> tuple[str, ...]:
+    from lb.rollout.balancers import check_address  # which few need: each reload reads the file anew
+
+    found: tuple[str, ...] = _list_of(bool, "balancers")(value)
+    for one in found:
+        check_address(one)
+    return found
+
+
 def _is_sent(text: str) -> bool:
     return len(text) <= 1024 and "\0" not in text
 
@@ -291,6 +300,7 @@ _BALANCER: dict[str, tuple[str, Read]] = {
     "access_log": ("access_log", _read_flag),
     "resolve_interval": ("resolve_interval_seconds", _duration),
     "resolve_family": ("resolve_family", _choice("ipv4", "ipv6", "both")),
+    "peers": ("peers", _read_peers),
 }
 _SERVICE: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
@@ -324,6 +334,7 @@ _TIMEOUTS: dict[str, tuple[str, Read]] = {
     "drain": ("drain_seconds", _duration_or_none),
     "spread": ("spread_seconds", _duration),
     "client_hello": ("client_hello_seconds", _duration),
+    "silent": ("silent_seconds", _duration_or_none),
 }
 _EJECTION: dict[str, tuple[str, Read]] = {
     "failures": ("failures", _number(0, 1000)),

@@ -106,6 +106,8 @@ class Admin:
         match path:
             case "/v1/status":
                 return Reply(200, msgspec.json.encode(status_of(self._controller)))
+            case "/v1/overrides":
+                return Reply(200, msgspec.json.encode(self._controller.overrides))
             case "/metrics":
                 body, content_type = self._metrics.render(_header(headers, b"accept") or "")
                 return Reply(200, body, content_type)
@@ -114,7 +116,7 @@ class Admin:
             case "/readyz":
                 why = self._why_not_ready()
                 return Reply(200, b"ready\n", "text/plain") if why is None else Reply(503, why, "text/plain")
-        return problem(404, 2, f"{path}: there are /v1/status, /metrics, /livez, /readyz")
+        return problem(404, 2, f"{path}: there are /v1/status, /v1/overrides, /metrics, /livez, /readyz")
 
     def _why_not_ready(self) -> bytes | None:
         if self.is_draining:

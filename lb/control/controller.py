@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from handoff.addresses import parse_bind
+from lb.control.catching_up import LateAnswers
 from lb.control.files import boot_id, run_id, write_atomically
 from lb.control.names import Names
 from lb.control.probes import Probes
@@ -26,6 +27,7 @@ from lb.control.stored import (
     read_memory,
     read_table,
 )
+from lb.core.catching_up import caught_up
 from lb.core.compose import Leaving, Observed, Present, Record, compose, present_backends, recorded
 from lb.core.ejection import EjectionRecord, EjectionRules, Ejections
 from lb.core.model import Balancer, Service
@@ -63,6 +65,8 @@ class Controller:
         self.generation = generation
         self.file: str | None = None
         """What the service runs; None: what was typed."""
+        self.unheard_peers: tuple[str, ...] = ()
+        """Those that have not answered since the start."""
         self._resolver = resolver or Resolver()
         self.store, self.page, self.relays = store, page, relays
         self._directory = directory
@@ -114,6 +118,7 @@ class Controller:
         self._is_start = False
         tasks.create_task(self._tick())
         tasks.create_task(self.store.keep_trying())
+        LateAnswers(tasks, self, self.store.directory)
 
     def end(self) -> None:
         """What was observed is kept for the successor."""
@@ -184,6 +189,13 @@ class Controller:
         """These hold from now on. Returns the revision of the table that says so, which is on its way."""
         self._hold(overrides)
         return self.publish()
+
+    def catch_up(self, theirs: Overrides, peer: str) -> None:
+        """A peer that was silent when we started is there now; what is newer with it holds from now on."""
+        overrides, notes = caught_up(self.overrides, theirs, self.balancer.services, peer, is_new=False)
+        for note in notes:
+            _LOG.info("%s", note)
+        self.override(overrides)
 
     def apply(self, balancer: Balancer) -> tuple[int, tuple[str, ...]]:
         """Another configuration in place of the present one, and notes about overrides that it contradicts."""

@@ -17,6 +17,8 @@ import msgspec
 from lb.core.model import HelloRoute
 
 SOCKET_NAME = "admin.sock"
+OVERRIDES_PATH = "/v1/overrides"
+"""What people have changed, as `lb.core.overrides` has it: for a balancer that starts beside this one."""
 STORE_PATH = "/v1/store"
 """Takes what `lb.rollout.stores.remote` says, a write whatever it is; answered with 200, errors too."""
 MAXIMUM_REQUEST_BYTES = 4 * 1024 * 1024
@@ -240,3 +242,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """By the address as it is configured."""
     file: str | None = None
     """What it runs, absolute; None: what was typed."""
+    unheard_peers: tuple[str, ...] = ()
+    """They have not answered since this balancer started; they may know newer revisions."""

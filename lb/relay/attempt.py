@@ -324,7 +324,7 @@ class Attempt:
 
     def _connect(self, target: Target) -> bool:
         """False: it failed at once, and another one may be tried. The target's place is ours."""
-        return self._has_begun(target, *connecting.begin(target))
+        return self._has_begun(target, *connecting.begin(target, self._dispatcher.route.timeouts.silent_seconds))
 
     def _has_begun(self, target: Target, server: socket.socket | None, failure: int) -> bool:
         """As `_connect`, with what `connecting.begin` has made of it."""

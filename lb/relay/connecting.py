@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
+from lb.relay.silence import notice_silence
 from lb.relay.targets import Target
 
 PENDING = errno.EINPROGRESS
@@ -13,7 +14,7 @@ _SOCKET, _OOBINLINE = int(socket.SOL_SOCKET), int(socket.SO_OOBINLINE)
 _UNIX, _TCP, _NODELAY = int(socket.AF_UNIX), int(socket.IPPROTO_TCP), int(socket.TCP_NODELAY)
 
 
-def begin(target: Target) -> tuple[socket.socket | None, int]:
+def begin(target: Target, silent_seconds: float | None) -> tuple[socket.socket | None, int]:
     """The socket, which the caller then owns, and 0, PENDING, or the error's number. No socket: there could be none."""
     assert target.address is not None
     family, address = target.address
@@ -24,6 +25,8 @@ def begin(target: Target) -> tuple[socket.socket | None, int]:
         if family != _UNIX:
             server.setsockopt(_TCP, _NODELAY, 1)
             server.setsockopt(_SOCKET, _OOBINLINE, 1)  # as what is accepted
+            if not target.is_local:
+                notice_silence(server, silent_seconds)
         failure = server.connect_ex(address)
         if failure == PENDING and target.is_local:  # it is done by now, and nobody has said so: ask
             failure = server.connect_ex(address)

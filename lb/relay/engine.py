@@ -162,7 +162,7 @@ class Engine:
             return False
         if target is None:
             return False
-        server, failure = connecting.begin(target)
+        server, failure = connecting.begin(target, dispatcher.route.timeouts.silent_seconds)
         if failure or server is None:
             attempt = Attempt(client, peer, dispatcher, self, loop)
             self._attempts.add(attempt)
@@ -276,17 +276,18 @@ class Engine:
         self._targets.drop_unused()
 
     def adopt(self, letter: RelayLetter, client: socket.socket, server: socket.socket, pipes: Sequence[int]) -> None:
-        """A relay of another process. Takes ownership; it is let in whatever the limits are."""
+        """A relay of another process. Takes ownership; it is let in whatever the limits are. Raises HandoffError,
+        OSError, and owns nothing then."""
         service = self._services.get(letter.service) or self._without_route(letter)
         target = self._targets.adopt(Endpoint(identity=letter.identity, name=letter.name, address=letter.address))
-        target.cells[CURRENT] += 1
-        if letter.counted_as is not None:
-            service.dispatcher.sources[letter.counted_as] += 1
         source = letter.source if self._access_log is not None else None
         hello = ClientHello(letter.sni, letter.alpn) if self._access_log is not None else None
         context = Context(service, target, letter.counted_as, source, letter.state.began_at, hello)
         moved = letter.state, pipes
         relay = Relay(client, server, self._loop, service.limits, self._relayed, context=context, moved=moved)
+        target.cells[CURRENT] += 1
+        if letter.counted_as is not None:
+            service.dispatcher.sources[letter.counted_as] += 1
         self.connections += 1
         target.relays.add(relay)
 

@@ -310,7 +310,6 @@ def test_what_is_not_there_is_named_with_the_nearest_that_is(tmp_path: Path) -> 
                 ("drain", {"sever": "shop/b1"}, "unknown field `sever`"),
                 ("weight", {"server": "shop/b1", "weight": 1000}, "from 0 to 256"),
                 ("add", {"pool": "shop/blue", "name": "x", "address": "nowhere"}, "no port"),
-                ("add", {"pool": "shop/blue", "name": "x", "address": "127.0.0.1:1"}, "listens on itself"),
                 ("switch", {"service": "shop", "pool": "green", "percent": 0}, "from 1 to 100"),
             ]:
                 status, answer = await command(running, name, **fields)
@@ -319,6 +318,16 @@ def test_what_is_not_there_is_named_with_the_nearest_that_is(tmp_path: Path) -> 
             status, answer = await command(running, "explode")
             assert status == 404
             assert "drain, ready, maint" in answer["message"]
+
+    run(test)
+
+
+def test_a_backend_that_is_the_balancer_itself_is_not_added(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with backend() as blue, controller(config(blue), tmp_path) as running:
+            status, answer = await command(running, "add", pool="shop/blue", name="x", address="127.0.0.1:1")
+            assert (status, answer["exit_code"]) == (400, 2)
+            assert "listens on itself" in answer["message"]
 
     run(test)
 

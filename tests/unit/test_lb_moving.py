@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from handoff import Worker
@@ -274,6 +275,34 @@ def test_a_letter_with_other_fds_than_it_says_is_refused(two: Two, caplog: pytes
     assert not any(map(is_open, three + two_pipes))
     assert caplog.text.count("could not be taken over") == 2
     assert two.new.engine.connections == 0
+
+
+@pytest.mark.parametrize("fault", ["address", "no socket"])
+def test_a_relay_that_cannot_be_adopted_leaves_no_fd_and_no_count(
+    two: Two, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = two.new.backend()
+    two.serve(endpoint(backend))
+    two.old.client()
+    two.relayed(backend)
+    [relay] = two.old.engine.relays()
+    letter, _ = two.old.engine.letter(relay)
+    assert isinstance(letter, RelayLetter)
+    if fault == "address":  # of a release that knows other ones
+        letter = msgspec.structs.replace(
+            letter, identity="shop/main/x@far:9#1", address="far:9:9", counted_as="1.2.3.4"
+        )
+    ours, theirs = socket.socketpair()
+    fds = [ours.detach(), os.dup(theirs.fileno()) if fault == "address" else os.dup(0)]
+    two.post.letters = [(list(fds), encode(letter))]
+    two.moving(two.new).adopt_some()
+    assert not any(map(is_open, fds))
+    assert theirs.recv(1) == b"", "nobody holds the other end"
+    assert "could not be taken over" in caplog.text
+    assert two.new.engine.connections == 0
+    assert not two.new.engine._services["shop"].dispatcher.sources
+    assert [target.cells[CURRENT] for target in two.new.engine._targets] == [0]
+    theirs.close()
 
 
 def test_a_connection_of_a_service_that_is_gone_goes_on_by_its_old_limits(two: Two) -> None:
