@@ -17,7 +17,7 @@ from lb.core.rollout.undo import versioned_hosts
 from lb.rollout.fleet import Fleet, active_pool, find_backend
 from lb.rollout.local import command_here, probe
 from lb.rollout.stores.base import Fenced
-from lb.rollout.transport import Unfinished
+from lb.rollout.transport import Unfinished, repeatedly
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 15.0
@@ -25,12 +25,13 @@ GRACE_SECONDS = 15.0
 
 
 class Outcome(NamedTuple):
-    """`output`: what a command printed; shown, never kept."""
+    """`output`: what a command printed; shown, never kept. `is_refused`: and nothing was changed."""
 
     is_good: bool
     note: str = ""
     revision: int | None = None
     output: str = ""
+    is_refused: bool = False
 
 
 class Actions:
@@ -62,16 +63,15 @@ class Actions:
             case Kind.BUDGET:
                 return await self._until(step, lambda: self._over_budget(step, run))
             case Kind.DRAIN | Kind.READY | Kind.PREPARE:
-                return await self._ask(step, run)
+                return await repeatedly(lambda: self._ask(step, run), self._sleep)
             case Kind.HEALTHY:
                 return await self._until(step, lambda: self._unhealthy(step))
             case Kind.SWITCH:
-                return await self._switch(step, run, records)
+                return await repeatedly(lambda: self._switch(step, run, records), self._sleep)
             case Kind.BAKE:
                 return await self._bake(step, run, records)
             case Kind.KEEP:
-                began_at = records[step.id].at if step.id in records else time.time()
-                await self._sleep(min(step.seconds, max(0.0, began_at + step.seconds - time.time())))
+                await self._sleep(step.seconds)  # whole, whoever goes on with it: nothing counts on the clocks of two
                 return Outcome(True)
             case _:
                 raise AssertionError(step.kind)
@@ -123,8 +123,9 @@ class Actions:
         return {"fence": f"deploy/{self._fleet.deploy.service}", "token": self._token}
 
     async def _switch(self, step: Step, run: Run, records: Records) -> Outcome:
-        """By the revision that was prepared; on the way back by the one that our own switch has made, if it did."""
-        status = (await self._fleet.statuses([step.balancer]))[step.balancer]
+        """By the revision that was prepared; on the way back by the one that our own switch has made, if it did. What
+        counts is what the balancer shows then."""
+        status = await self._status(step)
         if _has_switched(status, step):
             return Outcome(True, revision=status.revision)
         known = revision_at(run, records, step.balancer)
@@ -143,7 +144,15 @@ class Actions:
             ),
             step.seconds + GRACE_SECONDS,
         )
-        return _outcome(step, answer)
+        outcome = _outcome(step, answer)
+        if outcome.is_good and not _has_switched(await self._status(step), step):
+            return Outcome(
+                False, f"{step.balancer}: says that it has switched to {step.pool}, and shows that it has not"
+            )
+        return outcome
+
+    async def _status(self, step: Step) -> ServiceStatus:
+        return (await self._fleet.statuses([step.balancer]))[step.balancer]
 
     async def _unhealthy(self, step: Step) -> str | None:
         statuses = await self._fleet.statuses([step.balancer])
@@ -186,7 +195,7 @@ class Actions:
         deadline = time.monotonic() + step.seconds
         first = statuses = await self._fleet.statuses(names)
         while (left := deadline - time.monotonic()) > 0:
-            sick = self._sick(step.hosts, statuses)
+            sick = self._sick(step.hosts, statuses) or _astray(step, statuses)
             if sick is not None:
                 return Outcome(False, sick)
             await self._sleep(min(left, POLL_SECONDS))
@@ -197,7 +206,7 @@ class Actions:
 
         found = refusals(run.deploy.gate, grown(step.hosts), grown(old))
         found += await self._asked(run, step)
-        sick = self._sick(step.hosts, statuses)
+        sick = self._sick(step.hosts, statuses) or _astray(step, statuses)
         return Outcome(not found and sick is None, "; ".join([*found, *([sick] if sick else [])]))
 
     async def _asked(self, run: Run, step: Step) -> list[str]:
@@ -230,10 +239,16 @@ def _has_switched(status: ServiceStatus, step: Step) -> bool:
     return step.pool in status.pools and status.pools[step.pool].percent == step.percent
 
 
+def _astray(step: Step, statuses: dict[str, ServiceStatus]) -> str | None:
+    """A balancer that somebody else has switched while the pool is watched, or that has forgotten it."""
+    wrong = [address for address, status in statuses.items() if step.pool and not _has_switched(status, step)]
+    return f"{', '.join(wrong)}: new connections are not divided any more as this rollout has it" if wrong else None
+
+
 def _outcome(step: Step, answer: Answer) -> Outcome:
     where = step.host or step.balancer
     if answer.exit_code == ExitCode.ABORTED:
         raise Fenced(f"{step.balancer}: {answer.message}")
     if answer.exit_code == ExitCode.DONE:
         return Outcome(True, revision=answer.revision)
-    return Outcome(False, f"{where}: {answer.message}")
+    return Outcome(False, f"{where}: {answer.message}", is_refused=answer.exit_code == ExitCode.REFUSED)

@@ -68,10 +68,18 @@ class Journal:
             found[record.step] = record
         return found
 
+    def changes(self, name: str, after: int, timeout: float) -> tuple[dict[str, Record], int]:
+        """Records that were written after this version, as soon as there are any, and the version to go on from."""
+        found = self._store.watch(f"{self._root}/steps/{name}/", after, timeout)
+        records = [msgspec.json.decode(one.value, type=Record) for one in found]
+        return {one.step: one for one in records}, max((one.version for one in found), default=after)
+
     def runs(self) -> list[Run]:
         """All that are kept, the newest first."""
-        found = [_decoded(one.value, one.key) for one in self._store.list(f"{self._root}/runs/")]
-        return sorted(found, key=lambda one: one.id, reverse=True)
+        found = self._store.list(
+            f"{self._root}/runs/"
+        )  # by their writes: only the newest is written, and clocks are set
+        return [_decoded(one.value, one.key) for one in sorted(found, key=lambda one: one.version, reverse=True)]
 
     def versions(self) -> dict[str, str]:
         """Of the hosts, as the last runs left them; one that is not known is left out."""

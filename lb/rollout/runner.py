@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Concatenate, ParamSpec
 
 import msgspec
 
 from handoff.errors import ExitCode, HandoffError
-from lb.core.rollout.plan import ON_HOSTS, Kind, Step
+from lb.core.rollout.plan import ON_HOSTS, Step
 from lb.core.rollout.progress import (
     Do,
     End,
@@ -20,6 +22,8 @@ from lb.core.rollout.progress import (
     TurnBack,
     Verdict,
     can_turn_back,
+    how_far,
+    seen_again,
     turned_back,
     unsettled,
     versions_after,
@@ -32,6 +36,8 @@ from lb.rollout.local import command_here
 from lb.rollout.report import Report
 from lb.rollout.stores.base import Fenced, Lease, Store, StoreError
 
+P = ParamSpec("P")
+STORE_RETRY_SECONDS = 1.0
 REQUEST_SECONDS = 2.0
 """How often the requests of others are looked for, while something is waited for."""
 
@@ -60,7 +66,7 @@ class Runner:
         report: Report,
     ) -> None:
         self.run = run
-        self._records = records
+        self._records = seen_again(run, records)
         self._store, self._lease, self._fleet, self._report = store, lease, fleet, report
         self._journal = Journal(store, run.deploy.service)
         self._actions = Actions(fleet, lease.token, self._sleep)
@@ -72,6 +78,7 @@ class Runner:
         """From a signal: at the next safe point."""
         self._request = Request(run=self.run.id, wants="pause", who=why)
         self._stopping.set()
+        self._report.says(f"{why}: stops at the next safe point; a second one ends this deployer at once")
 
     def abort(self, who: str) -> None:
         """Lead back, in place of going on."""
@@ -126,7 +133,7 @@ class Runner:
     async def _turn_back(self, reason: str, is_aborted: bool = False) -> None:
         self._report.says(f"back: {reason}")
         self.run = turned_back(self.run, self._records, reason, is_aborted)
-        await asyncio.to_thread(self._journal.save, self._lease, self.run)
+        await self._kept(self._journal.save, self.run)
 
     async def _end(self, verdict: Verdict, note: str) -> Verdict:
         self.run = msgspec.structs.replace(self.run, verdict=verdict, note=note, ended_at=time.time())
@@ -135,7 +142,7 @@ class Runner:
             failed = {one.step for one in self._records.values() if one.state is not State.DONE}
             steps = [step for group in (*self.run.plan, *(self.run.back or ())) for step in group.steps]
             versions |= {step.host: "" for step in steps if step.kind in ON_HOSTS and step.id in failed}
-        await asyncio.to_thread(self._journal.end, self._lease, self.run, versions)
+        await self._kept(self._journal.end, self.run, versions)
         await self._after()
         return verdict
 
@@ -155,27 +162,21 @@ class Runner:
 
     async def _do(self, title: str, steps: Sequence[Step]) -> None:
         """Side by side. Raises Stopped when one of them was left; the others have come to their end then."""
-        self._report.begins(title, steps)
-        begun = [
-            Record(step=one.id, state=State.BEGUN, attempt=self.run.attempt, at=self._began_at(one)) for one in steps
-        ]
-        await asyncio.to_thread(self._journal.write, self._lease, self.run, begun)
+        self._report.begins(title, steps, how_far(self.run, self._records))
+        now = time.time()
+        begun = [Record(step=one.id, state=State.BEGUN, attempt=self.run.attempt, at=now) for one in steps]
+        await self._kept(self._journal.write, self.run, begun)
         self._records.update({one.step: one for one in begun})
         results = await asyncio.gather(*(self._take(one) for one in steps), return_exceptions=True)
         failures = [one for one in results if isinstance(one, BaseException)]
         for failure in sorted(failures, key=lambda one: isinstance(one, Stopped)):  # the worst first
             raise failure
 
-    def _began_at(self, step: Step) -> float:
-        """A wait that was begun before goes on from there."""
-        known = self._records.get(step.id)
-        return known.at if known is not None and step.kind is Kind.KEEP else time.time()
-
     async def _take(self, step: Step) -> None:
         async with self._parallel:
             outcome = await self._actions.take(step, self.run, self._records)
         record = self._record(step, outcome)
-        await asyncio.to_thread(self._journal.write, self._lease, self.run, [record])
+        await self._kept(self._journal.write, self.run, [record])
         self._records[step.id] = record
         self._report.ended(step, record)
         if outcome.output and not outcome.is_good:
@@ -189,7 +190,23 @@ class Runner:
             at=time.time(),
             note=outcome.note,
             revision=outcome.revision,
+            is_refused=outcome.is_refused,
         )
+
+    async def _kept(self, write: Callable[Concatenate[Lease, P], None], *arguments: P.args, **named: P.kwargs) -> None:
+        """Written down. Each of our writes may be made twice: a store that does not answer is asked again, as long as
+        the lease may last. Raises Fenced, StoreError."""
+        deadline = time.monotonic() + self._lease.seconds
+        for attempt in itertools.count():
+            try:
+                await asyncio.to_thread(write, self._lease, *arguments, **named)
+                return
+            except StoreError as error:
+                if time.monotonic() >= deadline or self._stopping.is_set():
+                    raise
+                if not attempt:
+                    self._report.says(f"{error.message}; asked again for {self._lease.seconds:g} s")
+            await asyncio.sleep(STORE_RETRY_SECONDS)
 
     async def _sleep(self, seconds: float) -> None:
         """Raises Stopped."""
