@@ -250,7 +250,9 @@ def test_a_deployer_that_stood_still_past_its_lease_is_refused_everywhere(rollou
                 """Whoever comes before the lease has ended is told so, and comes again."""
                 if ended and ended[-1].poll() is None:
                     return len(gate.tokens) == 2
-                assert not ended or ended[-1].returncode == 6
+                for one in ended[-1:]:
+                    said, _ = one.communicate()
+                    assert one.returncode == 6, said
                 ended.append(rollouts.start("resume"))
                 return False
 
@@ -313,7 +315,7 @@ def test_a_command_goes_on_while_its_deployer_is_killed_and_the_next_one_joins_i
         first = rollouts.start("v2", "--yes")
         gate.wait()
         first.kill()
-        first.communicate()
+        first.communicate()  # its end
         second = rollouts.start("resume")
         gate.open()
         said, _ = second.communicate(timeout=DEADLINE_SECONDS)
