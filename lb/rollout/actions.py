@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from handoff.errors import ExitCode, HandoffError
 from lb.core.admin import Answer, Drain, Prepare, Ready, ServiceStatus, Switch
 from lb.core.rollout.budget import over_budget
@@ -127,7 +129,11 @@ class Actions:
         counts is what the balancer shows then."""
         status = await self._status(step)
         if _has_switched(status, step):
-            return Outcome(True, revision=status.revision)
+            if run.back is not None:  # a switch of ours may still be on its way: from now on its token is too old
+                await self._ask(msgspec.structs.replace(step, kind=Kind.PREPARE, seconds=0.0), run)
+                status = await self._status(step)
+            if _has_switched(status, step):
+                return Outcome(True, revision=status.revision)
         known = revision_at(run, records, step.balancer)
         if known is not None and run.back is not None and status.revision == known + 1:
             known += 1  # a switch of ours whose answer was lost

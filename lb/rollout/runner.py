@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Concatenate, ParamSpec
 
 import msgspec
@@ -64,12 +64,14 @@ class Runner:
         lease: Lease,
         fleet: Fleet,
         report: Report,
+        locked_anew: Callable[[], Awaitable[Lease]],
     ) -> None:
         self.run = run
         self._records = seen_again(run, records)
         self._store, self._lease, self._fleet, self._report = store, lease, fleet, report
         self._journal = Journal(store, run.deploy.service)
         self._actions = Actions(fleet, lease.token, self._sleep)
+        self._locked_anew, self._leasing = locked_anew, asyncio.Lock()
         self._stopping = asyncio.Event()
         self._request: Request | None = None
         self._parallel = asyncio.Semaphore(run.deploy.parallel)
@@ -134,6 +136,10 @@ class Runner:
         self._report.says(f"back: {reason}")
         self.run = turned_back(self.run, self._records, reason, is_aborted)
         await self._kept(self._journal.save, self.run)
+        # What is still on its way to a host or a balancer, and what still runs there, is of an older token from now on.
+        async with self._leasing:
+            self._lease = await self._locked_anew()
+        self._actions = Actions(self._fleet, self._lease.token, self._sleep)
 
     async def _end(self, verdict: Verdict, note: str) -> Verdict:
         self.run = msgspec.structs.replace(self.run, verdict=verdict, note=note, ended_at=time.time())
@@ -222,9 +228,10 @@ class Runner:
         while True:
             await asyncio.sleep(self._lease.seconds / 4)
             try:
-                asked_at = time.monotonic()
-                await asyncio.to_thread(self._store.renew, self._lease)
-                held_until = asked_at + self._lease.seconds
+                async with self._leasing:
+                    asked_at = time.monotonic()
+                    await asyncio.to_thread(self._store.renew, self._lease)
+                    held_until = asked_at + self._lease.seconds
             except Fenced:
                 raise
             except StoreError:

@@ -22,8 +22,8 @@ from lb.rollout.balancers import client_for
 from lb.rollout.fleet import Fleet
 from lb.rollout.journal import Journal
 from lb.rollout.report import Report
-from lb.rollout.runner import Runner
-from lb.rollout.stores import Lease, RemoteStore, Store, open_store
+from lb.rollout.runner import STORE_RETRY_SECONDS, Runner
+from lb.rollout.stores import Lease, Locked, RemoteStore, Store, StoreError, open_store
 from lb.rollout.transport import transport_for
 
 STORE_SECONDS = 45.0
@@ -36,6 +36,7 @@ class Session:
     def __init__(self, deploy: Deploy, store: Store, fleet: Fleet, report: Report) -> None:
         self.deploy, self.store, self.fleet, self.report = deploy, store, fleet, report
         self.journal = Journal(store, deploy.service)
+        self._lease: Lease | None = None
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -66,12 +67,37 @@ class Session:
     @contextlib.asynccontextmanager
     async def locked(self) -> AsyncIterator[Lease]:
         """The lock of the service. Raises Locked."""
-        lease = await asyncio.to_thread(self.store.lock, self.journal.lock_name, owner(), self.deploy.lock_seconds)
+        name, seconds = self.journal.lock_name, self.deploy.lock_seconds
+        self._lease = await asyncio.to_thread(self.store.lock, name, owner(), seconds)
         try:
-            yield lease
+            yield self._lease
         finally:
             with contextlib.suppress(HandoffError):  # it ends by itself
-                await asyncio.to_thread(self.store.release, lease)
+                await asyncio.to_thread(self.store.release, self._lease)
+
+    async def _locked_anew(self) -> Lease:
+        """With a token of its own. A store that does not answer is asked again, as long as the lease was to last.
+
+        Raises Locked where somebody has come in between, who goes on then; StoreError.
+        """
+        assert self._lease is not None
+        name, former = self.journal.lock_name, self._lease
+        ours = f"{owner()}, on the way back {os.urandom(4).hex()}"  # so that we know a lock whose answer was lost
+        deadline = time.monotonic() + former.seconds
+        while True:
+            try:
+                await asyncio.to_thread(self.store.release, former)
+                self._lease = await asyncio.to_thread(self.store.lock, name, ours, self.deploy.lock_seconds)
+                return self._lease
+            except Locked as error:
+                if error.holder.owner != ours:
+                    raise
+                self._lease = Lease(name, ours, error.holder.token, self.deploy.lock_seconds)
+                return self._lease
+            except StoreError:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(STORE_RETRY_SECONDS)
 
     async def begin(self, version: str, without: Collection[str] = ()) -> Run:
         """A new run of this version. Raises HandoffError where another one is not finished."""
@@ -102,7 +128,8 @@ class Session:
             await asyncio.to_thread(self.journal.clear_request, lease)
             await asyncio.to_thread(self.journal.save, lease, run)
             records = await asyncio.to_thread(self.journal.records, run.id)
-        runner = Runner(run, records, self.store, lease, Fleet.like(self.fleet, run.deploy), self.report)
+        fleet = Fleet.like(self.fleet, run.deploy)
+        runner = Runner(run, records, self.store, lease, fleet, self.report, self._locked_anew)
         if aborted_by is not None:
             runner.abort(aborted_by)
         try:
