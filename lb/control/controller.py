@@ -130,6 +130,15 @@ class Controller:
     def service(self, name: str) -> Service | None:
         return next((service for service in self.balancer.services if service.name == name), None)
 
+    def hurry(self, identity: str) -> None:
+        """Have it checked, as soon as that may be."""
+        if self.probes is not None:
+            self.probes.hurry(identity)
+
+    def passed_since(self, identity: str) -> float:
+        """When the latest check began, if it passed; monotonic."""
+        return self.probes.passed_from.get(identity, 0.0) if self.probes is not None else 0.0
+
     def connections(self, identity: str) -> int:
         return self.page.sums(identity)[CURRENT]
 
@@ -221,8 +230,7 @@ class Controller:
         service = self.service(one.service) if one is not None else None
         if one is None or service is None:
             return
-        if self.probes is not None:
-            self.probes.hurry(identity)
+        self.hurry(identity)
         if service.ejection.failures == 0:
             return
         now = time.monotonic()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
+from lb.control.confirming import confirm
 from lb.control.controller import Controller
 from lb.core.admin import Answer, Prepare, Rollback, Switch
+from lb.core.compose import Present
 from lb.core.lookup import REFUSED, TIMED_OUT, USAGE, Refusal, check_pool, find_service
 from lb.core.model import Service
 from lb.core.overrides import Shares, revision_of, shares_of, with_shares
@@ -41,7 +45,12 @@ async def prepare(controller: Controller, request: Prepare) -> Answer:
     """Raises Refusal as a switch would."""
     check_pool(find_service(controller.balancer, request.service), request.pool)
     _check_revision(controller, find_service(controller.balancer, request.service), request.revision)
-    await _wait_healthy(controller, request.service, request.pool, request.wait_seconds)
+    deadline = time.monotonic() + request.wait_seconds
+    if request.is_afresh:
+        missing = await confirm(controller, lambda one: _is_wanted(one, request), request.wait_seconds)
+        if missing:
+            raise Refusal(REFUSED, f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; nothing changed")
+    await _wait_healthy(controller, request.service, request.pool, deadline - time.monotonic())
     service = find_service(controller.balancer, request.service)
     check_pool(service, request.pool)
     _check_revision(controller, service, request.revision)
@@ -50,6 +59,11 @@ async def prepare(controller: Controller, request: Prepare) -> Answer:
     return Answer(
         exit_code=0, message=f"{service.name}/{request.pool} is healthy at revision {revision}", revision=revision
     )
+
+
+def _is_wanted(one: Present, request: Prepare) -> bool:
+    is_member = (one.service, one.pool) == (request.service, request.pool)
+    return is_member and one.standing.administrative is Administrative.READY
 
 
 async def rollback(controller: Controller, request: Rollback) -> Answer:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from handoff.errors import ExitCode, HandoffError
-from lb.core.admin import Answer, Drain, Prepare, Ready, ServiceStatus, Switch
+from lb.core.admin import Answer, Drain, Prepare, Ready, ServiceStatus, Switch, Verify
 from lb.core.rollout.budget import over_budget
 from lb.core.rollout.gates import Counts, refusals
 from lb.core.rollout.plan import ON_HOSTS, Kind, Step
@@ -27,13 +27,13 @@ GRACE_SECONDS = 15.0
 
 
 class Outcome(NamedTuple):
-    """`output`: what a command printed; shown, never kept. `is_refused`: and nothing was changed."""
+    """`output`: what a command printed; shown, never kept. `is_overtaken`: somebody else has switched."""
 
     is_good: bool
     note: str = ""
     revision: int | None = None
     output: str = ""
-    is_refused: bool = False
+    is_overtaken: bool = False
 
 
 class Actions:
@@ -64,10 +64,8 @@ class Actions:
                 return await self._hook(step, run)
             case Kind.BUDGET:
                 return await self._until(step, lambda: self._over_budget(step, run))
-            case Kind.DRAIN | Kind.READY | Kind.PREPARE:
+            case Kind.DRAIN | Kind.READY | Kind.HEALTHY | Kind.PREPARE:
                 return await repeatedly(lambda: self._ask(step, run), self._sleep)
-            case Kind.HEALTHY:
-                return await self._until(step, lambda: self._unhealthy(step))
             case Kind.SWITCH:
                 return await repeatedly(lambda: self._switch(step, run, records), self._sleep)
             case Kind.BAKE:
@@ -103,9 +101,9 @@ class Actions:
     # --- at balancers -----------------------------------------------------------------------------------------------
 
     async def _ask(self, step: Step, run: Run) -> Outcome:
-        common = {"who": f"rollout {run.id}", "why": f"{run.kind} {run.version}", **self._fence}
+        common: dict[str, object] = {"who": f"rollout {run.id}", "why": f"{run.kind} {run.version}", **self._fence}
         server = self._fleet.deploy.host(step.host).server if step.host else None
-        request: Drain | Ready | Prepare
+        request: Drain | Ready | Verify | Prepare
         match step.kind:
             case Kind.DRAIN:
                 assert server is not None
@@ -113,10 +111,14 @@ class Actions:
                 request = Drain(server=server, wait_seconds=wait, deadline_seconds=step.seconds, **common)  # type: ignore[arg-type]
             case Kind.READY:
                 assert server is not None
-                request = Ready(server=server, wait_seconds=step.seconds, **common)  # type: ignore[arg-type]
+                request = Ready(server=server, wait_seconds=step.seconds, is_afresh=True, **common)  # type: ignore[arg-type]
+            case Kind.HEALTHY:
+                assert server is not None
+                request = Verify(server=server, wait_seconds=step.seconds, **common)  # type: ignore[arg-type]
             case _:
                 service = self._fleet.deploy.service
-                request = Prepare(service=service, pool=step.pool, wait_seconds=step.seconds, **common)  # type: ignore[arg-type]
+                common |= {"wait_seconds": step.seconds, "is_afresh": step.seconds > 0}
+                request = Prepare(service=service, pool=step.pool, **common)  # type: ignore[arg-type]
         answer = await self._fleet.balancer(step.balancer).ask(request, step.seconds + 2 * GRACE_SECONDS)
         return _outcome(step, answer)
 
@@ -150,19 +152,10 @@ class Actions:
             ),
             step.seconds + GRACE_SECONDS,
         )
-        outcome = _outcome(step, answer)
-        if outcome.is_good and not _has_switched(await self._status(step), step):
-            return Outcome(
-                False, f"{step.balancer}: says that it has switched to {step.pool}, and shows that it has not"
-            )
-        return outcome
+        return _seen(step, _outcome(step, answer), await self._status(step), known)
 
     async def _status(self, step: Step) -> ServiceStatus:
         return (await self._fleet.statuses([step.balancer]))[step.balancer]
-
-    async def _unhealthy(self, step: Step) -> str | None:
-        statuses = await self._fleet.statuses([step.balancer])
-        return self._sick([step.host], statuses)
 
     async def _over_budget(self, step: Step, run: Run) -> str | None:
         statuses = await self._fleet.statuses(run.balancers)
@@ -251,10 +244,20 @@ def _astray(step: Step, statuses: dict[str, ServiceStatus]) -> str | None:
     return f"{', '.join(wrong)}: new connections are not divided any more as this rollout has it" if wrong else None
 
 
+def _seen(step: Step, outcome: Outcome, status: ServiceStatus, known: int | None) -> Outcome:
+    """Of a switch: what the balancer shows counts, whatever it said. A question of ours that was thought lost may have
+    come first; where somebody else's switch did, none of ours can be taken any more."""
+    if _has_switched(status, step):
+        return Outcome(True, revision=status.revision)
+    if outcome.is_good:
+        return Outcome(False, f"{step.balancer}: says that it has switched to {step.pool}, and shows that it has not")
+    return outcome._replace(is_overtaken=known is not None and status.revision != known)
+
+
 def _outcome(step: Step, answer: Answer) -> Outcome:
-    where = step.host or step.balancer
+    where = " on ".join(one for one in (step.host, step.balancer) if one)
     if answer.exit_code == ExitCode.ABORTED:
         raise Fenced(f"{step.balancer}: {answer.message}")
     if answer.exit_code == ExitCode.DONE:
         return Outcome(True, revision=answer.revision)
-    return Outcome(False, f"{where}: {answer.message}", is_refused=answer.exit_code == ExitCode.REFUSED)
+    return Outcome(False, f"{where}: {answer.message}")

@@ -75,6 +75,7 @@ class Runner:
         self._stopping = asyncio.Event()
         self._request: Request | None = None
         self._parallel = asyncio.Semaphore(run.deploy.parallel)
+        self._writing, self._unwritten = asyncio.Lock(), list[Record]()
 
     def stop(self, why: str) -> None:
         """From a signal: at the next safe point."""
@@ -182,7 +183,7 @@ class Runner:
         async with self._parallel:
             outcome = await self._actions.take(step, self.run, self._records)
         record = self._record(step, outcome)
-        await self._kept(self._journal.write, self.run, [record])
+        await self._write(record)
         self._records[step.id] = record
         self._report.ended(step, record)
         if outcome.output and not outcome.is_good:
@@ -196,8 +197,16 @@ class Runner:
             at=time.time(),
             note=outcome.note,
             revision=outcome.revision,
-            is_refused=outcome.is_refused,
+            is_overtaken=outcome.is_overtaken,
         )
+
+    async def _write(self, record: Record) -> None:
+        """What comes while another one is being written is written with the next, together."""
+        self._unwritten.append(record)
+        async with self._writing:
+            if record in self._unwritten:
+                records, self._unwritten = self._unwritten, []
+                await self._kept(self._journal.write, self.run, records)
 
     async def _kept(self, write: Callable[Concatenate[Lease, P], None], *arguments: P.args, **named: P.kwargs) -> None:
         """Written down. Each of our writes may be made twice: a store that does not answer is asked again, as long as

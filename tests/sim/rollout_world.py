@@ -19,6 +19,7 @@ from lb.core.admin import (
     ServiceStatus,
     Status,
     Switch,
+    Verify,
 )
 from lb.core.rollout.model import Deploy, Host
 from lb.rollout.fleet import Fleet
@@ -69,6 +70,9 @@ class PlayedBalancer:
         self.percents = {"blue": 100, "green": 0}
         self.revision = 1
         self.drained: set[str] = set()
+        self.is_slow_to_switch = False
+        self.slow: list[Request] = []
+        """Questions that did not come yet."""
 
     async def status(self) -> Status:
         self._world.on_look(self.name)
@@ -114,7 +118,12 @@ class PlayedBalancer:
 
     async def ask(self, request: Request, timeout: float) -> Answer:
         line = f"{self.name} {type(request).__name__.lower()}"
-        self._world.log.append(line)
+        if not isinstance(request, Verify):
+            self._world.log.append(line)
+        self._world.before.get(line, lambda: None)()
+        if self.is_slow_to_switch and isinstance(request, Switch):
+            self.slow.append(request)
+            raise Unreachable(f"balancer {self.name}: no answer in time")
         answer = self._answer(request)
         self._world.after.get(line, lambda: None)()
         return answer
@@ -130,6 +139,8 @@ class PlayedBalancer:
         match request:
             case Drain():
                 self.drained.add(request.server)
+            case Ready() | Verify() if self._is_sick(request.server):
+                return Answer(exit_code=4, message=f"{request.server} is down; nothing changed")
             case Ready():
                 self.drained.discard(request.server)
             case Prepare():
@@ -144,6 +155,9 @@ class PlayedBalancer:
                 if self.name in world.answers_lost | world.unreachable:
                     raise Unreachable(f"balancer {self.name}: connection lost")
         return Answer(exit_code=0, message="done", revision=self.revision)
+
+    def _is_sick(self, server: str) -> bool:
+        return any(one.server == server and one.name in self._world.sick for one in self._world.deploy.hosts)
 
     def switch(self, pool: str, percent: int) -> None:
         other = "green" if pool == "blue" else "blue"
@@ -175,8 +189,9 @@ class World:
         """Those that nobody reaches once they have switched."""
         self.liars: set[str] = set()
         """Those that say they have switched, and have not."""
+        self.before: dict[str, Callable[[], None]] = {}
         self.after: dict[str, Callable[[], None]] = {}
-        """What somebody does right after this line of the log."""
+        """What somebody does right before, and after, this line of the log."""
         self.on_look: Callable[[str], None] = lambda name: None
         """Each time that a balancer is asked how it is."""
         self.held: str | None = None

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handoff.errors import HandoffError
-from lb.core.admin import Answer, Drain, Prepare, Ready, Request, Status, Switch
+from lb.core.admin import Answer, Drain, Prepare, Request, Status, Switch
 from lb.core.rollout.model import Deploy, Host
 from lb.core.rollout.progress import Run, Verdict
 from lb.rollout.fleet import Fleet
@@ -189,9 +189,6 @@ class FaultyBalancer(PlayedBalancer):
         match request:
             case Drain():
                 world.may_change(next(one for one in world.deploy.hosts if one.server == request.server))
-            case Ready() if any(one.server == request.server and one.name in world.sick for one in world.deploy.hosts):
-                self._answer(request)
-                return Answer(exit_code=4, message="is down")
             case Prepare() | Switch() if any(
                 one.pool == request.pool and one.name in world.sick for one in world.deploy.hosts
             ):

@@ -142,7 +142,7 @@ def test_an_unhealthy_new_version_goes_back(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         bench.world.sick_after_reload = {"a"}
         assert await bench.deploy_version() is Verdict.PARTIAL, "the old one is as sick"
-        assert "a: is down on lb1" in bench.run().note
+        assert "a on lb1: shop/a is down" in bench.run().note
         bench.world.sick = set()  # somebody has mended it
         assert await bench.resume() is Verdict.ROLLED_BACK
 
@@ -198,6 +198,36 @@ def test_a_switch_that_an_operator_made_meanwhile_stays(tmp_path: Path) -> None:
         assert "shop is at revision 2 by now" in bench.run().reason
         assert (operated.percents["red"], operated.revision) == (100, 2)
         assert bench.world.balancers["lb2"].percents["blue"] == 100
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_what_was_on_its_way_when_the_run_turned_back_is_refused_when_it_arrives(tmp_path: Path) -> None:
+    """The question for a switch is lost for us, and comes when the switch was led back, as it seems."""
+
+    async def scenario(bench: Bench) -> None:
+        late = bench.world.balancers["lb2"]
+        late.is_slow_to_switch = True
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert late.slow
+        assert {late._answer(one).exit_code for one in late.slow} == {7}
+        assert late.percents["blue"] == 100
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_a_switch_that_was_thought_lost_and_comes_before_the_second_question_counts(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        late = bench.world.balancers["lb2"]
+        late.is_slow_to_switch = True
+
+        def arrive() -> None:
+            late.is_slow_to_switch = False
+            late._answer(late.slow.pop())
+
+        bench.world.before["lb2 switch"] = lambda: arrive() if late.slow else None
+        assert await bench.deploy_version() is Verdict.COMMITTED
+        assert (late.percents["green"], late.revision) == (100, 2)
 
     play(tmp_path, pools(), scenario)
 

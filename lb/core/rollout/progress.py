@@ -54,8 +54,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why it failed, what was seen. Never what a command printed."""
     revision: int | None = None
     """Of the service at a balancer, behind the step."""
-    is_refused: bool = False
-    """A balancer said no: nothing was changed there."""
+    is_overtaken: bool = False
+    """Somebody else has switched the balancer: nothing of ours was changed there, nor can be."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -173,7 +173,7 @@ def seen_again(run: Run, records: Records) -> dict[str, Record]:
 
 def past(records: Records) -> Past:
     return Past(
-        begun=frozenset(step for step, record in records.items() if not record.is_refused),
+        begun=frozenset(step for step, record in records.items() if not record.is_overtaken),
         done=frozenset(step for step, record in records.items() if record.state is State.DONE),
     )
 
