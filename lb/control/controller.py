@@ -22,6 +22,7 @@ from lb.control.stored import (
     BEAT_SECONDS,
     MEMORY_NAME,
     Memory,
+    at_start,
     fingerprint,
     offset_of,
     read_memory,
@@ -72,7 +73,11 @@ class Controller:
         self.applied = memory.applied if memory is not None and is_own else None
         self.balancer = self.applied or balancer
         self.wall_offset = offset_of(memory, time.time() - time.monotonic())
-        self.overrides = self._settled(store.load())
+        found = store.load()
+        self.overrides = at_start(found, self.balancer, memory, store.directory, self.wall())
+        if self.overrides != found:
+            store.save(self.overrides)
+        self.overrides = self._settled(self.overrides)
         self.records: dict[str, Record] = dict(memory.records) if memory is not None else {}
         self.leaving: dict[str, Leaving] = dict(memory.leaving) if memory is not None else {}
         self.answers: dict[str, Answer] = dict(memory.answers) if memory is not None else {}

@@ -39,6 +39,10 @@ class Store:
         return found or Overrides()
 
     @property
+    def directory(self) -> Path:
+        return self._directory
+
+    @property
     def problem(self) -> str | None:
         """Why the latest is not on the disk; None: it is."""
         return self._problem

@@ -10,6 +10,7 @@ from lb.control.confirming import confirm
 from lb.control.controller import Controller
 from lb.core.admin import Answer, Prepare, Rollback, Switch
 from lb.core.compose import Present
+from lb.core.desired import shares_with
 from lb.core.lookup import REFUSED, TIMED_OUT, USAGE, Refusal, check_pool, find_service
 from lb.core.model import Service
 from lb.core.overrides import Shares, revision_of, shares_of, with_shares
@@ -159,13 +160,9 @@ def _is_any_eligible(controller: Controller, service: Service, pool: str) -> boo
 
 
 def _shares(service: Service, present: dict[str, int], pool: str, percent: int) -> dict[str, int]:
-    if percent == 100:
-        return {pool: 100}
-    others = {name: share for name, share in present.items() if name != pool}
-    if not others:
+    if percent < 100 and not {name for name in present if name != pool}:
         raise Refusal(REFUSED, f"{service.name}: {pool} has all new connections already; switch to the other pool")
-    former = max(others, key=lambda name: others[name])
-    return {pool: percent, former: 100 - percent}
+    return shares_with(service, present, pool, percent)
 
 
 def _closing(

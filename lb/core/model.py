@@ -171,6 +171,8 @@ class Balancer(msgspec.Struct, frozen=True, kw_only=True):
     """Backends that are called by a name: so often the name is looked up."""
     resolve_family: Family = "ipv4"
     """Addresses of the other family count only where a name has none of this one."""
+    desired: str | None = None
+    """The etcd that rollouts say in where connections are to go."""
     services: tuple[Service, ...]
     typed: tuple[str, ...] = ()
     """Fields of this table that the command line said, which win over the file's as long as the service runs."""

@@ -12,7 +12,8 @@ from typing import Concatenate, ParamSpec
 import msgspec
 
 from handoff.errors import ExitCode, HandoffError
-from lb.core.rollout.plan import ON_HOSTS, Step
+from lb.core.desired import Desired
+from lb.core.rollout.plan import ON_HOSTS, Kind, Step
 from lb.core.rollout.progress import (
     Do,
     End,
@@ -23,12 +24,14 @@ from lb.core.rollout.progress import (
     Verdict,
     can_turn_back,
     how_far,
+    past,
     seen_again,
     turned_back,
     unsettled,
     versions_after,
     what_next,
 )
+from lb.core.rollout.undo import switched_balancers
 from lb.rollout.actions import Actions, Outcome, hook_environment
 from lb.rollout.fleet import Fleet
 from lb.rollout.journal import Journal, Request
@@ -104,6 +107,8 @@ class Runner:
             await asyncio.gather(working, *helpers, return_exceptions=True)
 
     async def _work(self) -> Verdict:
+        if self.run.back is not None:
+            await self._desire_former()
         while True:
             if self._request is not None and await self._obeyed(self._request):
                 continue
@@ -141,6 +146,16 @@ class Runner:
         async with self._leasing:
             self._lease = await self._locked_anew()
         self._actions = Actions(self._fleet, self._lease.token, self._sleep)
+        await self._desire_former()
+
+    async def _desire_former(self) -> None:
+        """Also of those balancers that are not there."""
+        if switched_balancers(self.run.plan, past(self._records)) and self.run.seen.active is not None:
+            await self._kept(self._journal.write, self.run, [], self._desired(self.run.seen.active, 100))
+
+    def _desired(self, pool: str, percent: int) -> Desired:
+        who, why = f"rollout {self.run.id}", f"{self.run.kind} {self.run.version}"
+        return Desired(pool=pool, percent=percent, token=self._lease.token, who=who, why=why)
 
     async def _end(self, verdict: Verdict, note: str) -> Verdict:
         self.run = msgspec.structs.replace(self.run, verdict=verdict, note=note, ended_at=time.time())
@@ -172,7 +187,9 @@ class Runner:
         self._report.begins(title, steps, how_far(self.run, self._records))
         now = time.time()
         begun = [Record(step=one.id, state=State.BEGUN, attempt=self.run.attempt, at=now) for one in steps]
-        await self._kept(self._journal.write, self.run, begun)
+        switch = next((one for one in steps if one.kind is Kind.SWITCH), None)
+        desired = None if switch is None else self._desired(switch.pool, switch.percent)
+        await self._kept(self._journal.write, self.run, begun, desired)
         self._records.update({one.step: one for one in begun})
         results = await asyncio.gather(*(self._take(one) for one in steps), return_exceptions=True)
         failures = [one for one in results if isinstance(one, BaseException)]

@@ -10,9 +10,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from handoff.errors import HandoffError, UsageError
+from lb.core.desired import Desired
 from lb.core.rollout.model import Deploy, Host
 from lb.core.rollout.progress import Run, Verdict
 from lb.rollout.journal import Journal
@@ -533,3 +535,24 @@ def test_who_goes_on_with_a_run_asks_anew_who_may_be_out_of_service(tmp_path: Pa
         assert bench.versions() == {"a": "v1", "b": "v1"}
 
     play(tmp_path, rolling(current="cat version"), scenario)
+
+
+def test_where_connections_are_to_go_is_told_to_balancers_that_look_there(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        def told() -> Desired:
+            with bench.session() as session:
+                entry = session.store.get("desired/shop")
+                assert entry is not None
+                return msgspec.json.decode(entry.value, type=Desired)
+
+        bench.world.liars = {"lb2"}
+        tokens: list[int] = []
+        bench.world.after["lb1 switch"] = lambda: tokens.append(told().token) if told().pool == "green" else None
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert (told().pool, told().percent, told().who) == ("blue", 100, f"rollout {bench.run().id}")
+        assert told().token > tokens[0] > 0
+        bench.world.liars = set()
+        assert await bench.deploy_version("v3") is Verdict.COMMITTED
+        assert told().pool == "green"
+
+    play(tmp_path, pools(), scenario)
