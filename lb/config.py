@@ -301,6 +301,7 @@ _BALANCER: dict[str, tuple[str, Read]] = {
     "resolve_interval": ("resolve_interval_seconds", _duration),
     "resolve_family": ("resolve_family", _choice("ipv4", "ipv6", "both")),
     "peers": ("peers", _read_peers),
+    "desired": ("desired", _text(lambda one: one.startswith("etcd://") and one.isprintable(), "etcd://HOST:PORT,…")),
 }
 _SERVICE: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),

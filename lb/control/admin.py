@@ -56,7 +56,7 @@ class Admin:
     def __init__(self, controller: Controller, store_api: StoreApi) -> None:
         self._controller = controller
         self._store_api = store_api
-        self._commands = Commands(controller)
+        self.commands = Commands(controller)
         self._metrics = Metrics(controller)
         self.is_draining = False
 
@@ -99,7 +99,7 @@ class Admin:
             request = _REQUEST.decode(_tagged(body, command))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return problem(400, 2, f"{command}: {error}")
-        answer = await self._commands.carry_out(request)
+        answer = await self.commands.carry_out(request)
         return Reply(_STATUSES.get(answer.exit_code, 500), msgspec.json.encode(answer))
 
     def _read(self, path: str, headers: list[tuple[bytes, bytes]]) -> Reply:

@@ -22,6 +22,7 @@ from lb.control.stored import (
     BEAT_SECONDS,
     MEMORY_NAME,
     Memory,
+    at_start,
     fingerprint,
     offset_of,
     read_memory,
@@ -77,8 +78,9 @@ class Controller:
         self.balancer = self.applied or balancer
         self.wall_offset = offset_of(memory, time.time() - time.monotonic())
         saved = store.load()
-        self.overrides = later(saved, memory.unsaved if memory is not None else None)
-        if self.overrides is not saved:
+        found = later(saved, memory.unsaved if memory is not None else None)
+        self.overrides = at_start(found, self.balancer, memory, store.directory, self.wall())
+        if self.overrides != saved:
             store.save(self.overrides)
         self._hold(self._settled(self.overrides))
         self.records: dict[str, Record] = dict(memory.records) if memory is not None else {}
@@ -138,6 +140,15 @@ class Controller:
 
     def service(self, name: str) -> Service | None:
         return next((service for service in self.balancer.services if service.name == name), None)
+
+    def hurry(self, identity: str) -> None:
+        """Have it checked, as soon as that may be."""
+        if self.probes is not None:
+            self.probes.hurry(identity)
+
+    def passed_since(self, identity: str) -> float:
+        """When the latest check began, if it passed; monotonic."""
+        return self.probes.passed_from.get(identity, 0.0) if self.probes is not None else 0.0
 
     def connections(self, identity: str) -> int:
         return self.page.sums(identity)[CURRENT]
@@ -245,8 +256,7 @@ class Controller:
         service = self.service(one.service) if one is not None else None
         if one is None or service is None:
             return
-        if self.probes is not None:
-            self.probes.hurry(identity)
+        self.hurry(identity)
         if service.ejection.failures == 0:
             return
         now = time.monotonic()

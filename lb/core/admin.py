@@ -51,6 +51,17 @@ class Ready(_Request, frozen=True, tag="ready"):
     server: str
     wait_seconds: float | None = None
     """Answer when it gets connections, that is, when it is up as well."""
+    is_afresh: bool = False
+    """Nothing is changed before it has passed a check that began after this; exit code 4 if it has not by then."""
+
+
+class Verify(_Request, frozen=True, tag="verify"):
+    """Whether this backend passes a check that begins after this. Changes nothing. One that somebody has put out is not
+    judged."""
+
+    server: str
+    wait_seconds: float = 0.0
+    """Exit code 4 if it has not by then."""
 
 
 class Maint(_Request, frozen=True, tag="maint"):
@@ -113,6 +124,8 @@ class Prepare(_Request, frozen=True, tag="prepare"):
     """Refused (9) where the service's revision is another one."""
     wait_seconds: float = 0.0
     """For the pool to be healthy; refused (9) if it is not by then."""
+    is_afresh: bool = False
+    """Only checks that begin after this count."""
 
 
 class Rollback(_Request, frozen=True, tag="rollback"):
@@ -130,7 +143,7 @@ class Apply(_Request, frozen=True, tag="apply"):
     """The file as it is called in messages."""
 
 
-Request: TypeAlias = Drain | Ready | Maint | Weight | Add | Remove | Prepare | Switch | Rollback | Apply
+Request: TypeAlias = Drain | Ready | Maint | Weight | Add | Remove | Verify | Prepare | Switch | Rollback | Apply
 
 
 class Exchange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

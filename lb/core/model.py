@@ -174,6 +174,8 @@ class Balancer(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses of the other family count only where a name has none of this one."""
     peers: tuple[str, ...] = ()
     """Balancers of the same services, as deploy.toml names them: one that starts takes newer revisions from them."""
+    desired: str | None = None
+    """The etcd that rollouts say in where connections are to go."""
     services: tuple[Service, ...]
     typed: tuple[str, ...] = ()
     """Fields of this table that the command line said, which win over the file's as long as the service runs."""

@@ -85,6 +85,8 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     """Of `SERVICE/POOL/NAME@ADDRESS` that were removed: the number that the next one gets."""
     fences: dict[str, int] = {}
     """The highest token that was shown, by the name of the lock."""
+    desired: dict[str, tuple[int, int]] = {}
+    """By service: token and version of what was taken last of what rollouts want (see lb.core.desired)."""
 
 
 def later(one: Overrides, other: Overrides | None) -> Overrides:
