@@ -312,7 +312,6 @@ class Supervisor:
         record.timings, record.label = event.timings, event.label
         record.workers_wanted = self._workers_wanted(event.timings)
         self.fleet.move_generation(record, GenerationEvent.PREPARED)
-        self._squeeze(event.timings.max_generations, now)
         room = self._room(record)
         if room < record.wave:
             text = f"generation {record.generation}: the surge leaves room for {room} workers; waits for drains to end"
@@ -333,8 +332,13 @@ class Supervisor:
         requests, self._scale, self._scale_requests = self._scale_requests, None, []
         self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
 
-    def _squeeze(self, limit: int, now: float) -> None:
-        """Live generations are capped: the oldest that drain end now."""
+    def _squeeze(self, now: float) -> None:
+        """Generations are capped: while there are too many, the oldest that drain end now."""
+        starting = self.fleet.starting()
+        record = starting if starting is not None and starting.timings is not None else self._live()
+        if record is None or record.timings is None:
+            return
+        limit = record.timings.max_generations
         leaving = self.fleet.in_state(_G.DRAINING, _G.ABORTING)
         for record in leaving[: max(0, len(self.fleet.generations) - limit)]:
             for worker in self.fleet.workers_of(record.generation):
@@ -364,6 +368,7 @@ class Supervisor:
                     self._expire(worker, now)
             for record in list(self.fleet.generations.values()):
                 self._step(record, now)
+            self._squeeze(now)
             self._start_pending(now)
             self._answer_scale()
             self._finish()

@@ -1009,6 +1009,18 @@ def test_the_oldest_drain_is_squeezed_when_there_are_too_many_generations() -> N
     assert [action.worker for action in squeezed] == [1, 2]
 
 
+def test_a_generation_that_begins_to_drain_beyond_the_cap_is_squeezed_without_another_reload() -> None:
+    """In a surge a generation retires worker by worker: it may not have drained when the next reload was prepared."""
+    world = live()
+    world.reload()
+    go_live(world, numbers(surge=1, max_generations=2))
+    assert states(world, 1) == ["draining", "accepting"]
+    world.reload()
+    go_live(world, numbers(max_generations=2))
+    assert states(world, 2) == ["draining"]
+    assert [action.worker for action in of(world.actions, Drain) if action.seconds == 0.0] == [1, 2]
+
+
 def test_a_late_confirmation_does_not_stop_a_drain() -> None:
     world = live()
     booting_reload(world)
