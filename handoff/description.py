@@ -62,6 +62,10 @@ class Description:
         """Readable when the command has ended."""
         return self._pidfd
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def finish(self) -> dict[str, Any]:
         """What it printed, after its end; one that has not ended by now is too slow, and is killed.
 

@@ -63,6 +63,8 @@ CLOSED_CHANNEL_SECONDS = 5.0
 """A worker whose channel is closed is ending; one that still lives after this long is killed."""
 REAP_AGAIN_SECONDS = 0.2
 """After an exit that a debugger has not let go of."""
+_PASSING = (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE)
+"""Errors of a send that may succeed later."""
 MESSAGES_PER_TURN = 64
 """A worker that talks without end must not keep the others waiting."""
 
@@ -277,7 +279,7 @@ class Crew:
             self._failed(process, error)
         except OSError as error:
             # Anything else: it is gone, and its exit is on the way.
-            return error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS)
+            return error.errno not in _PASSING
         return True
 
     def signal(self, worker: int, which: Signal) -> None:
@@ -332,7 +334,8 @@ class Crew:
             self._on_event(FailedSaid(process.worker, reason))
             return
         self._on_event(HelloSaid(process.worker))
-        self.send(process.worker, process.boot)
+        if not self.pass_on(process.worker, process.boot):  # without it the worker would wait until its boot timeout
+            self._on_event(WorkerBroke(process.worker, "its boot message could not be sent; out of fds or memory"))
 
     def _pass_on(self, process: WorkerProcess, message: WorkerMessage) -> None:
         match message:

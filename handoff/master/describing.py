@@ -32,6 +32,9 @@ class Describing:
             return
         self._loop.watch(self._running, Order.EXIT, self._ended)
 
+    def pids(self) -> frozenset[int]:
+        return frozenset() if self._running is None else frozenset({self._running.pid})
+
     def next_deadline(self) -> float | None:
         return None if self._running is None else self._running.deadline
 

@@ -92,6 +92,8 @@ def serve(
         stack.callback(listeners.close_all)
         preparer = Preparer(launch, options, inherited, listeners)
         first = preparer.prepare(1, None, None)
+        signals = SignalSocket()  # from here on a signal waits for the loop, and nothing that is made is left behind
+        stack.callback(signals.close)
         if options.pidfile:
             pid_file = PidFile(options.pidfile)
             pid_file.create()
@@ -104,8 +106,6 @@ def serve(
         stack.callback(log.close)
         loop = Loop()
         stack.callback(loop.close)
-        signals = SignalSocket()
-        stack.callback(signals.close)
         remove_stale(control_socket.parent)
         parent = Parent(notify_address, log)
         stack.callback(parent.close)
@@ -286,7 +286,7 @@ class Master:
         for number in self._signals.read():
             if number is signal.SIGCHLD:
                 if os.getpid() == 1:
-                    reap_strangers(self._crew.pids() | self._companions.crew.pids())
+                    reap_strangers(self._crew.pids() | self._companions.crew.pids() | self._describing.pids())
                 continue
             self._log.info("signal", signal=number.name)
             self._events.append(_SIGNAL_EVENTS[number])

@@ -162,7 +162,10 @@ class HTTPService:
         return self._http(self._config, self._state, self._lifespan.state)
 
     def _protocol_of_check(self) -> HTTPProtocol:
-        return HTTPProtocol(self._config, self._state, self._lifespan.state)
+        """For requests to ourselves: no client's, so neither the counts nor the access log have them."""
+        protocol = HTTPProtocol(self._config, self._state, self._lifespan.state)
+        protocol.access_log = False
+        return protocol
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
