@@ -14,7 +14,7 @@ from handoff.worker.accepting import Server, stop_accepting
 class ForeignSlots:
     """What this worker accepts from beside its own listeners. Owns those sockets."""
 
-    def __init__(self, serve: Callable[[socket.socket], Awaitable[Server]]) -> None:
+    def __init__(self, serve: Callable[[str, socket.socket], Awaitable[Server]]) -> None:
         self._serve = serve
         self._servers: dict[tuple[str, int], tuple[socket.socket, Server]] = {}
         self._last: asyncio.Future[None] | None = None
@@ -37,20 +37,17 @@ class ForeignSlots:
                     continue
                 listener = socket.socket(fileno=fd)
                 listener.setblocking(False)
-                self._servers[info.name, info.slot] = (listener, await self._serve(listener))
+                self._servers[info.name, info.slot] = (listener, await self._serve(info.name, listener))
         wanted = {(info.name, info.slot) for info in message.sockets}
         gone = [self._servers.pop(key)[1] for key in list(self._servers) if key not in wanted]
         if gone:
             await stop_accepting(gone)
 
-    async def close(self) -> tuple[list[Server], dict[str, list[socket.socket]]]:
-        """Nothing new from now on: the servers, to be closed, and their sockets by the name of the listener."""
+    async def close(self) -> list[tuple[str, socket.socket, Server]]:
+        """Nothing new from now on: the name of each listener, a socket of it, and its server, which is to be closed."""
         self._is_closed = True
         if self._last is not None:
             await self._last
-        servers = [server for _, server in self._servers.values()]
-        sockets: dict[str, list[socket.socket]] = {}
-        for (name, _), (listener, _) in self._servers.items():
-            sockets.setdefault(name, []).append(listener)
+        found = [(name, listener, server) for (name, _), (listener, server) in self._servers.items()]
         self._servers.clear()
-        return servers, sockets
+        return found

@@ -24,7 +24,8 @@ from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
 from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, MOVED, REFUSED, WorkerCounters
 from handoff.mailbox import Unreadable, receive_letter
 from handoff.rights import has_headroom
-from handoff.worker.accepting import stop_accepting
+from handoff.worker.accepting import Server
+from handoff.worker.acceptors import Acceptors, fd_of
 from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.context import Claims
@@ -329,6 +330,7 @@ class AsyncWorker(_Identity):
         self._mover = Mover(counters)
         self._movable: dict[asyncio.BaseTransport, RawConnection] = {}
         self._adopting: set[asyncio.Task[Any]] = set()
+        self._acceptors: Acceptors | None = None
         loop = asyncio.get_running_loop()
         link.on_change = self._link_changed
         link.on_receivers = self._mover.update
@@ -377,19 +379,19 @@ class AsyncWorker(_Identity):
         loop = asyncio.get_running_loop()
         backlog = self._boot.settings.backlog
         factories = {name: partial(self._make, protocol_factory, name) for name in sockets}
-        servers = [
-            await loop.create_server(factories[name], sock=listener, backlog=backlog)
-            for name, listener in sockets.items()
-        ]
+
+        async def open_server(name: str, listener: socket.socket) -> Server:
+            return await loop.create_server(factories[name], sock=listener, backlog=backlog)
+
+        acceptors = self._acceptors = Acceptors(sockets, backlog, open_server, partial(self._take, factories))
+        await acceptors.open()
         adopter = Adopter(socket.socket(fileno=self._boot.mailbox_fd), partial(self._adopt, factories), self._counters)
         if moves:
             adopter.start()
         await self.drained()
         if moves and self._link.moves:
             adopter.stop()  # our replacement reads on, or the master
-        for name, server in zip(sockets, servers, strict=True):
-            ending = [sockets[name]] if name in self._link.ending_listeners else []
-            await stop_accepting([server], ending, partial(loop.connect_accepted_socket, factories[name]))
+        await acceptors.stop(self._link.ending_listeners)
         await self._until_empty()
         if moves and not self._link.moves and not self._link.is_orphan:
             await self._until_nobody_sends(adopter)
@@ -441,8 +443,17 @@ class AsyncWorker(_Identity):
             protocol.attach(data)
 
         protocol.connection_made = connection_made
-        loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(loop.connect_accepted_socket(lambda: protocol, connection))
+        self._serve_one(lambda: protocol, connection)
+
+    def _take(
+        self, factories: Mapping[str, Callable[[], asyncio.Protocol]], name: str, connection: socket.socket
+    ) -> None:
+        """Serve a connection that was accepted just now; it is ours."""
+        self._serve_one(factories[name], connection)
+
+    def _serve_one(self, factory: Callable[[], asyncio.Protocol], connection: socket.socket) -> None:
+        """A drain waits for it."""
+        task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(factory, connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
 
@@ -462,6 +473,8 @@ class AsyncWorker(_Identity):
             transports.append(transport)
             self._transports.add(transport)
             self._counters[CONNECTIONS] = len(self._transports)
+            if self._acceptors is not None and fd_of(transport) >= self._acceptors.crowded_from:
+                self._acceptors.crowded()
             made(transport)
             if isinstance(protocol, Protocol):
                 self._movable[transport] = RawConnection(

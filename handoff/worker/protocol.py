@@ -28,6 +28,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from handoff.core.messages import Hold
 from handoff.core.moves import HTTP, HTTPState
+from handoff.worker.acceptors import fd_of
 from handoff.worker.ending import Discard, LastCycle
 from handoff.worker.state import WorkerServerState, address
 from handoff.worker.unparsed import BodySplitter, after_last_message
@@ -98,6 +99,8 @@ class HTTPProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.seen_at = self.loop.time()
         self.server_state.connection_made()
+        if fd_of(transport) >= self.server_state.crowded_from:
+            self.server_state.on_crowded()
         if self._adopted is not None:
             self._take_over(*self._adopted)
         if self.server_state.leave is not None and self in self.connections:  # not one that was upgraded at once
