@@ -42,6 +42,9 @@ from handoff.core.worker import MAY_HOLD_CONNECTIONS, WorkerEvent, WorkerRecord,
 from handoff.errors import ExitCode
 
 MAXIMUM_WORKERS = 256
+SQUEEZE_SECONDS = 2.0
+"""What a generation that is one too many still has: connections move in a fraction of it (one that has only just begun
+to drain would lose them all), and short requests end."""
 _ROUNDS = 50
 """Reconciling settles within a few rounds; more than this is our mistake."""
 
@@ -333,16 +336,22 @@ class Supervisor:
         self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
 
     def _squeeze(self, now: float) -> None:
-        """Generations are capped: while there are too many, the oldest that drain end now."""
+        """Generations are capped: while there are too many, the oldest that drain are to end soon."""
         starting = self.fleet.starting()
         record = starting if starting is not None and starting.timings is not None else self._live()
         if record is None or record.timings is None:
             return
         limit = record.timings.max_generations
         leaving = self.fleet.in_state(_G.DRAINING, _G.ABORTING)
-        for record in leaving[: max(0, len(self.fleet.generations) - limit)]:
-            for worker in self.fleet.workers_of(record.generation):
-                self.fleet.dismiss(worker, 0.0, now, f"more than {limit} generations")
+        for oldest in leaving[: max(0, len(self.fleet.generations) - limit)]:
+            if oldest.is_squeezed:
+                continue
+            oldest.is_squeezed = True
+            reason = f"more than {limit} generations"
+            text = f"generation {oldest.generation} is ended early: {reason}; reloads come faster than drains end"
+            self.fleet.actions.append(LogWarning(text))
+            for worker in self.fleet.workers_of(oldest.generation):
+                self.fleet.dismiss(worker, SQUEEZE_SECONDS, now, reason)
 
     def _fail(
         self,
