@@ -426,8 +426,14 @@ class Master:
         addresses = ", ".join(self._listeners.addresses(action.generation).values()) or "none"
         self._companions.committed(self._generations[action.generation])
         pins = self._generations[action.generation].pins
+        interface = next((one.interface for one in self._crew if one.boot.generation == action.generation), "")
         self._log.info(
-            "serving", name=self._name, app=pins.settings.runs, addresses=addresses, directory=pins.directory
+            "serving",
+            name=self._name,
+            app=pins.settings.runs,
+            interface=interface,
+            addresses=addresses,
+            directory=pins.directory,
         )
         status = f"generation {action.generation} serves {pins.settings.runs} on {addresses}"
         if action.previous is None:
