@@ -231,8 +231,7 @@ def test_a_signal_that_comes_while_the_master_is_being_made_is_not_lost_and_leav
     pid_file = tmp_path / "web.pid"
     command = [sys.executable, "-c", EARLY.format(signal=number.name)]
     service = Service(directory, "--pidfile", str(pid_file), command=command, bind=f"unix:{directory}/s")
-    service.launch()
-    try:
+    with service.launch():
         if number is signal.SIGHUP:  # a reload, after the first boot
             service.stderr.wait_for("verdict: generation 2 is live")
             service.signal(signal.SIGTERM)
@@ -240,5 +239,3 @@ def test_a_signal_that_comes_while_the_master_is_being_made_is_not_lost_and_leav
         assert not pid_file.exists()
         assert not (directory / "s").exists()
         assert not (service.run_dir / "web").exists()
-    finally:
-        service.__exit__()

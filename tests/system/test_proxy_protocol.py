@@ -213,9 +213,8 @@ def test_tls_begins_behind_the_header(directory: Path) -> None:
     ],
 )
 def test_a_bad_option_is_one_line(directory: Path, arguments: tuple[str, ...], problem: str) -> None:
-    service = Service(directory, *arguments).launch()
-    assert service.wait() == 2
-    said = service.stderr.finish()
-    assert problem in said
-    assert said.count("\n") <= 1
-    service.__exit__()
+    with Service(directory, *arguments).launch() as service:
+        assert service.wait() == 2
+        said = service.stderr.finish()
+        assert problem in said
+        assert said.count("\n") <= 1

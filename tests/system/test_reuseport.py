@@ -155,10 +155,9 @@ def test_what_a_killed_worker_had_in_its_queue_is_answered_by_a_sibling(director
 )
 def test_a_program_that_accepts_by_itself_is_refused(tmp_path: Path, app: str, problem: str) -> None:
     (tmp_path / "main.py").write_text(app)
-    service = Service(tmp_path, "--listen-mode", "reuseport", app="main:main").launch()
-    assert service.wait() == 1
-    assert problem in service.stderr.finish()
-    service.__exit__()
+    with Service(tmp_path, "--listen-mode", "reuseport", app="main:main").launch() as service:
+        assert service.wait() == 1
+        assert problem in service.stderr.finish()
 
 
 def test_a_port_that_another_has_is_refused_even_if_it_would_share(directory: Path) -> None:
@@ -167,7 +166,6 @@ def test_a_port_that_another_has_is_refused_even_if_it_would_share(directory: Pa
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        service = serve(directory, f"127.0.0.1:{port}").launch()
-        assert service.wait() == 1
-        assert f"127.0.0.1:{port} is in use by" in service.stderr.finish()
-        service.__exit__()
+        with serve(directory, f"127.0.0.1:{port}").launch() as service:
+            assert service.wait() == 1
+            assert f"127.0.0.1:{port} is in use by" in service.stderr.finish()
