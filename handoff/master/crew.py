@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from handoff.binding import Listener
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core import messages
 from handoff.core.dialects import (
@@ -49,7 +50,6 @@ from handoff.core.vocabulary import (
     WorkerExited,
 )
 from handoff.counters import CounterPage
-from handoff.listeners import Listener
 from handoff.master.fd_store import FdStore
 from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog

@@ -6,12 +6,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from handoff.binding import Listener
 from handoff.core.messages import AlsoAccept, SlotSocket
 from handoff.core.steering import plan
 from handoff.core.supervisor import Supervisor
 from handoff.core.worker import WorkerState
 from handoff.counters import HEARTBEAT
-from handoff.listeners import Listener
 from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration
 from handoff.master.log import MasterLog
