@@ -8,7 +8,7 @@ help:
 	@echo "make run     serve examples/hello with two workers (installs into $(VENV) first)"
 	@echo "make test    install what the tests need, then run all of them"
 	@echo "make check   ruff, mypy --strict, import-linter"
-	@echo "make bench   reloads under load, beside other servers; the balancer beside haproxy and nginx"
+	@echo "make bench   reloads under load, beside other servers; the balancer beside haproxy and nginx; rollouts"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench.boot
 	$(BIN)/python -m bench.moves
 	$(BIN)/python -m bench.lb
+	$(BIN)/python -m bench.rollout
 	$(BIN)/python -m bench.reload $(ARGS)
 
 clean:

@@ -19,8 +19,8 @@ from handoff.option_table import (
 from handoff.settings import CompanionSettings
 
 KEYS = (
-    *("app", "command", "factory", "bind", "interface", "loop", "threads", "dialect", "ready_after", "drain_signal"),
-    *("boot_timeout", "stop_timeout"),
+    *("app", "command", "factory", "bind", "interface", "loop", "threads", "dialect", "ready_after", "watchdog"),
+    *("drain_signal", "boot_timeout", "stop_timeout"),
 )
 
 

@@ -38,9 +38,9 @@ class Description:
         self.deadline = time.monotonic() + DESCRIBE_SECONDS
         self._shown = shlex.join(launch.describe)
         with contextlib.ExitStack() as undo:
-            self._output = _bounded_file("output", MAXIMUM_DESCRIPTION_BYTES)
+            self._output = bounded_file("description", MAXIMUM_DESCRIPTION_BYTES)
             undo.callback(os.close, self._output)
-            self._errors = _bounded_file("errors", _MAXIMUM_ERROR_BYTES)
+            self._errors = bounded_file("description-errors", _MAXIMUM_ERROR_BYTES)
             undo.callback(os.close, self._errors)
             try:
                 self._process = subprocess.Popen(
@@ -79,9 +79,14 @@ class Description:
                 raise HandoffError(
                     f"describe: {self._shown}: did not end within {DESCRIBE_SECONDS:g} s; make it quicker"
                 )
+            text = content_of(self._output)
+            if len(text) >= MAXIMUM_DESCRIPTION_BYTES:  # a write beyond that fails, which it may have died of
+                raise HandoffError(
+                    f"describe: {self._shown}: printed more than {MAXIMUM_DESCRIPTION_BYTES} bytes; print less"
+                )
             if status != 0:
                 raise HandoffError(f"describe: {self._shown}: {_how(status)}{self._last_words()}")
-            return self._decoded(_content(self._output))
+            return self._decoded(text)
         finally:
             self._close()
 
@@ -102,15 +107,11 @@ class Description:
             os.close(fd)
 
     def _last_words(self) -> str:
-        lines = _content(self._errors).decode(errors="replace").split("\n")
+        lines = content_of(self._errors).decode(errors="replace").split("\n")
         words = [line.strip() for line in lines if line.strip()]
         return f": {one_line(words[-1])[:_MAXIMUM_REASON_CHARACTERS]}" if words else ""
 
     def _decoded(self, text: bytes) -> dict[str, Any]:
-        if len(text) >= MAXIMUM_DESCRIPTION_BYTES:
-            raise HandoffError(
-                f"describe: {self._shown}: printed more than {MAXIMUM_DESCRIPTION_BYTES} bytes; print less"
-            )
         try:
             return msgspec.json.decode(text, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -140,9 +141,9 @@ def _how(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
-def _bounded_file(name: str, size_bytes: int) -> int:
+def bounded_file(name: str, size_bytes: int) -> int:
     """A file that cannot grow beyond its size; the caller owns it. No pipe: nobody need read while it is written."""
-    fd = os.memfd_create(f"handoff-description-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(f"handoff-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.truncate(fd, size_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
@@ -152,7 +153,7 @@ def _bounded_file(name: str, size_bytes: int) -> int:
     return fd
 
 
-def _content(fd: int) -> bytes:
+def content_of(fd: int) -> bytes:
     """What was written: JSON, and text, hold no zero bytes."""
     size = os.fstat(fd).st_size
     return os.pread(fd, size, 0).rstrip(b"\0")

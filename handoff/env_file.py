@@ -40,6 +40,16 @@ def read_env_file(path: str) -> dict[str, str]:
 
 def read_small_file(path: str, subject: str) -> str:
     """The text of a regular file of at most 1 MiB of UTF-8; `subject` begins the message of the UsageError."""
+    content = read_small_bytes(path, subject)
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{subject}: line {line}: is not UTF-8; save the file as UTF-8") from None
+
+
+def read_small_bytes(path: str, subject: str) -> bytes:
+    """What a regular file of at most 1 MiB holds; `subject` begins the message of the UsageError."""
     try:
         # Not blocking: a named pipe without a writer would hold us up.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -51,11 +61,7 @@ def read_small_file(path: str, subject: str) -> str:
         raise UsageError(f"{subject}: {_problem(error)}") from None
     if len(content) > MAX_FILE_BYTES:
         raise UsageError(f"{subject}: has more than {MAX_FILE_BYTES} bytes; at most 1 MiB is read")
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{subject}: line {line}: is not UTF-8; save the file as UTF-8") from None
+    return content
 
 
 def _problem(error: OSError) -> str:

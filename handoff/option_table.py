@@ -372,7 +372,6 @@ ONLY_FOR_APPLICATIONS = (
         "threads",
         "interface",
         "loop",
-        "check",
         "warm_up",
         "keep_alive_seconds",
         "request_timeout_seconds",

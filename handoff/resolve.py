@@ -16,6 +16,7 @@ from handoff.config import CONFIG_FILE, ServiceOptions, env_file_path, merge_set
 from handoff.env_file import read_env_file
 from handoff.errors import HandoffError, UsageError
 from handoff.settings import Launch, Pins, Settings
+from handoff.tls_files import read_tls_files
 
 _PATH_OVERRIDES = ("log_config", "tls_cert", "tls_key", "tls_ca", "run_dir", "pidfile", "status_file")
 
@@ -100,7 +101,14 @@ def resolve(launch: Launch) -> Pins:
     environment = clean_environment({**launch.environment, **added})
     settings = merge_settings(config, launch, directory, environment)
     executable = find_executable(settings.command[0], directory, environment) if settings.command else ""
-    pins = Pins(directory=directory, python=python, environment=environment, settings=settings, executable=executable)
+    pins = Pins(
+        directory=directory,
+        python=python,
+        environment=environment,
+        settings=settings,
+        executable=executable,
+        tls=read_tls_files(settings),
+    )
     for name in settings.companions:
         companion_pins(pins, name)
     return pins
@@ -114,7 +122,7 @@ def companion_pins(pins: Pins, name: str) -> Pins:
     except HandoffError as error:
         raise HandoffError(f"companion {name}: {error.message}") from None
     environment = pins.environment | {"HANDOFF_COMPANION": name}
-    return msgspec.structs.replace(pins, settings=settings, executable=executable, environment=environment)
+    return msgspec.structs.replace(pins, settings=settings, executable=executable, environment=environment, tls=None)
 
 
 def service_changes(

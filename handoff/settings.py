@@ -26,6 +26,7 @@ class CompanionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     threads: int | None = None
     dialect: Dialect = "auto"
     ready_after_seconds: float | None = None
+    watchdog_seconds: float | None = None
     drain_signal: str = "TERM"
     boot_timeout_seconds: float | None = None
     stop_timeout_seconds: float | None = None
@@ -110,6 +111,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.app or shlex.join(self.command)
 
 
+class TLSFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """What the files of TLS held. Travels to the worker, and is never shown."""
+
+    cert: bytes
+    key: bytes
+    ca: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"<TLSFiles of {len(self.cert)} bytes>"
+
+
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """What the operator typed at `handoff run`; every reload starts again from this.
 
@@ -141,3 +153,4 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     executable: str = ""
     """Of a command: the file that is executed."""
+    tls: TLSFiles | None = None

@@ -9,13 +9,14 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from handoff.addresses import Bind, parse_bind
+from handoff.addresses import parse_bind
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name, shown_value
 from lb.check_rules import OF_TYPE, refusal
 from lb.core.algorithms import ALGORITHMS
 from lb.core.choice import MAXIMUM_WEIGHT
 from lb.core.model import Backend, Balancer, Check, Ejection, HelloRoute, Service, Timeouts
+from lb.own_addresses import is_exposed, is_same_address, own_addresses
 from lb.positions import Path, Positions
 from lb.route_rules import MAXIMUM_ROUTES, ROUTE, useless
 from lb.tables import Read, TableReader
@@ -26,6 +27,7 @@ from lb.tables import list_of as _list_of
 from lb.tables import number as _number
 from lb.tables import read_flag as _read_flag
 from lb.tables import text as _text
+from lb.token_file import NEEDS_TOKEN
 
 MAXIMUM_RELAYS = 64
 MAXIMUM_BACKENDS = 1000
@@ -50,12 +52,13 @@ def parse_config(text: str, shown: str, typed: Mapping[str, Any] | None = None) 
     own = table.get("balancer", {})
     if typed and isinstance(own, dict):
         table["balancer"] = {**own, **typed}
-    return _Reader(shown, Positions(text)).balancer(table)
+    return _Reader(shown, Positions(text)).whole(table)
 
 
-def read_table(table: dict[str, Any], shown: str) -> Balancer:
-    """The same of what no file says; `shown` is where it comes from. Raises UsageError."""
-    return _Reader(shown, Positions("")).balancer(table)
+def read_table(table: dict[str, Any], shown: str, is_whole: bool = True) -> Balancer:
+    """The same of what no file says; `shown`: where it comes from. `is_whole`: there is no more. Raises UsageError."""
+    reader = _Reader(shown, Positions(""))
+    return reader.whole(table) if is_whole else reader.balancer(table)
 
 
 class _Reader(TableReader):
@@ -65,6 +68,13 @@ class _Reader(TableReader):
         super().__init__(shown, positions)
         self._shared: dict[str, Check] = {}
         """By name, [check.NAME]."""
+
+    def whole(self, table: dict[str, Any]) -> Balancer:
+        """All that is said anywhere."""
+        balancer = self.balancer(table)
+        if balancer.admin is not None and balancer.admin_token_file is None and is_exposed(parse_bind(balancer.admin)):
+            self._fail(("balancer", "admin"), f"admin {balancer.admin}", NEEDS_TOKEN)
+        return balancer
 
     def balancer(self, table: dict[str, Any]) -> Balancer:
         self._refuse_unknown((), table, {"balancer", "service", "check"})
@@ -192,33 +202,13 @@ class _Reader(TableReader):
 
     def _refuse_loops(self, services: tuple[Service, ...], admin: str | None) -> None:
         """A listener of ours as a backend would relay to itself until nothing is left."""
-        own = _own_addresses(services, admin)
+        own = own_addresses(services, admin)
         for index, service in enumerate(services):
             for name, pool in service.pools.items():
                 for backend in pool:
                     if any(is_same_address(parse_bind(backend.address), one) for one in own):
                         path = ("service", index, "pool", name, "backends")
                         self._fail(path, backend.address, "is an address that this balancer listens on itself")
-
-
-def is_own_address(balancer: Balancer, bind: Bind) -> bool:
-    """What is sent there comes back to this balancer."""
-    return any(is_same_address(bind, one) for one in _own_addresses(balancer.services, balancer.admin))
-
-
-def _own_addresses(services: tuple[Service, ...], admin: str | None) -> list[Bind]:
-    own = [parse_bind(one) for service in services for one in service.listen]
-    return [*own, parse_bind(admin)] if admin else own
-
-
-def is_same_address(backend: Bind, listener: Bind) -> bool:
-    """What is sent to the one arrives at the other."""
-    if backend.kind != listener.kind:
-        return False
-    if backend.kind != "tcp":
-        return backend.path == listener.path
-    anywhere = listener.host in ("0.0.0.0", "::") and backend.host in ("127.0.0.1", "::1", "localhost")
-    return backend.port == listener.port and (backend.host == listener.host or anywhere)
 
 
 # --- how values are read --------------------------------------------------------------------------------------------
@@ -275,6 +265,15 @@ def _read_numeric(value: Any) -> str:
         raise ValueError("expected an IP address, without a port") from None
 
 
+def _read_peers(value: Any) -> tuple[str, ...]:
+    from lb.rollout.balancers import check_address  # which few need: each reload reads the file anew
+
+    found: tuple[str, ...] = _list_of(bool, "balancers")(value)
+    for one in found:
+        check_address(one)
+    return found
+
+
 def _is_sent(text: str) -> bool:
     return len(text) <= 1024 and "\0" not in text
 
@@ -301,6 +300,8 @@ _BALANCER: dict[str, tuple[str, Read]] = {
     "access_log": ("access_log", _read_flag),
     "resolve_interval": ("resolve_interval_seconds", _duration),
     "resolve_family": ("resolve_family", _choice("ipv4", "ipv6", "both")),
+    "peers": ("peers", _read_peers),
+    "desired": ("desired", _text(lambda one: one.startswith("etcd://") and one.isprintable(), "etcd://HOST:PORT,…")),
 }
 _SERVICE: dict[str, tuple[str, Read]] = {
     "name": ("name", _text(is_service_name, _NAME)),
@@ -334,6 +335,7 @@ _TIMEOUTS: dict[str, tuple[str, Read]] = {
     "drain": ("drain_seconds", _duration_or_none),
     "spread": ("spread_seconds", _duration),
     "client_hello": ("client_hello_seconds", _duration),
+    "silent": ("silent_seconds", _duration_or_none),
 }
 _EJECTION: dict[str, tuple[str, Read]] = {
     "failures": ("failures", _number(0, 1000)),

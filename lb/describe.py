@@ -5,9 +5,11 @@ The master runs it at the start and at each reload. An error is one line on stan
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +18,8 @@ import msgspec
 from handoff.errors import HandoffError
 from lb.check_files import refuse_missing
 from lb.core.model import TYPED, Balancer
+from lb.rollout.stores.access import access_from
+from lb.rollout.stores.base import StoreError
 from lb.source import Source, load, source_options
 
 RELAY_APP = "lb.relay.worker:main"
@@ -77,7 +81,19 @@ def describe(source: Source) -> dict[str, Any]:
     near = path if source.file is None else os.path.dirname(path)
     shown = TYPED if source.file is None else path
     refuse_missing(balancer, shown, near)
+    if balancer.desired is not None:
+        access_from(balancer.desired, near, os.environ)
     return description(balancer, shown, state_directory(balancer, near, os.environ, os.geteuid()))
+
+
+def _look(arguments: dict[str, Any]) -> None:
+    """Where connections are to go by now, before anything accepts. Without an answer it starts with what it knows."""
+    url, shown = arguments["balancer"]["desired"], arguments["shown"]
+    if url is not None:
+        from lb.control.desired import look, near_of
+
+        with contextlib.suppress(StoreError):  # the controller goes on asking, and tells
+            look(url, near_of(shown), Path(arguments["state"]))
 
 
 @click.command()
@@ -86,6 +102,7 @@ def main(**options: Any) -> None:
     """Print the description."""
     try:
         found = describe(Source(**options))
+        _look(found["arguments"])
     except HandoffError as error:
         sys.stderr.write(f"{' '.join(error.message.split())}\n")
         raise SystemExit(error.exit_code) from None

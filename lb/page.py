@@ -64,7 +64,7 @@ class Page:
             raise
         self._cells = memoryview(self._map).cast("Q")
         self._cells[0] = _VERSION
-        self._given: list[memoryview] = []
+        self._given: dict[int, memoryview] = {}
         self._rows: tuple[int, ...] = ()
         self._rows_known = -1
         self.row: int | None = None
@@ -72,7 +72,7 @@ class Page:
 
     def close(self) -> None:
         """The row, if we have one, is given back, and no `cells` are good any more."""
-        for cells in self._given:
+        for cells in self._given.values():
             cells.release()
         if self.row is not None:
             with self._locked():
@@ -140,9 +140,11 @@ class Page:
     def cells(self, column: int) -> memoryview:
         """Our own cells of a backend, by field, to write."""
         assert self.row is not None, "take_row first"
-        begin = _HEAD_CELLS + self.row * _ROW_CELLS + column * FIELDS
-        self._given.append(self._cells[begin : begin + FIELDS])
-        return self._given[-1]
+        found = self._given.get(column)
+        if found is None:
+            begin = _HEAD_CELLS + self.row * _ROW_CELLS + column * FIELDS
+            found = self._given[column] = self._cells[begin : begin + FIELDS]
+        return found
 
     def current(self, column: int) -> int:
         """Connections to a backend now, over all relay workers."""
@@ -168,7 +170,7 @@ class Page:
 
     def owner(self, row: int) -> int:
         """Its pid, 0 if it has none."""
-        return self._cells[_OWNERS + 2 * row]
+        return self._cells[_OWNERS + 2 * row] if 0 <= row < ROWS else 0
 
     # --- within -----------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def load(source: Source, shown: str | None = None) -> Balancer:
     shown = shown or source.file
     if given:  # judged by themselves first: a mistake in them is not the file's
         service = {"name": "typed", "listen": "fd://3", "pool": {DEFAULT_POOL: {}}}
-        read_table({"balancer": given, "service": [service]}, TYPED)
+        read_table({"balancer": given, "service": [service]}, TYPED, is_whole=False)
     balancer = parse_config(read_small_file(source.file, shown), shown, given)
     return msgspec.structs.replace(balancer, typed=tuple(given))
 

@@ -6,6 +6,7 @@ lib/einhorn/client.rb). Words only, no I/O.
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +30,14 @@ _FD_NAME = re.compile(r"[ -9;-~]{1,255}")
 _MICROSECONDS = re.compile(r"[0-9]{1,15}")
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 _YAML_PAIR = re.compile(r"""["']?([a-z_]{1,32})["']?:[ ]+["']?([A-Za-z0-9:_.-]{1,64})["']?""")
+
+
+class CheckStatus(enum.IntEnum):
+    """How the process that checks a command exits."""
+
+    GOOD = 0
+    BAD = 1
+    NOT_REACHED = 3
 
 
 class Inherited(NamedTuple):
@@ -110,7 +119,7 @@ class Notification(NamedTuple):
 
 def read_notification(data: bytes) -> Notification:
     """Unknown words are left out, as systemd does."""
-    words = dict(line.split("=", 1) for line in data.decode(errors="replace").splitlines() if "=" in line)
+    words = dict(line.split("=", 1) for line in data.decode(errors="replace").split("\n") if "=" in line)
     status = words.get("STATUS")
     if status is not None:
         status = "".join(character for character in status if character.isprintable())[:_MAXIMUM_STATUS_CHARACTERS]

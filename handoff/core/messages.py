@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from handoff.settings import Settings
+from handoff.settings import Settings, TLSFiles
 
 PROTOCOL = 1
 SERVED_PROTOCOLS = frozenset({1})
@@ -105,6 +105,7 @@ class Boot(Message, frozen=True, tag="boot"):
     """The reading end of its slot's mailbox, inherited."""
     measures: bool = False
     """Count requests by status and duration."""
+    tls: TLSFiles | None = None
 
 
 class Open(Message, frozen=True, tag="open"):

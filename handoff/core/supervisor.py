@@ -23,6 +23,7 @@ from handoff.core.vocabulary import (
     HelloSaid,
     LeavingSaid,
     LogWarning,
+    NotedSaid,
     OpenedSaid,
     Pending,
     Prepare,
@@ -120,7 +121,7 @@ class Supervisor:
     def _said(
         self,
         worker: WorkerRecord,
-        event: HelloSaid | ProgressSaid | ReadySaid | OpenedSaid | LeavingSaid | FailedSaid | WorkerBroke,
+        event: HelloSaid | ProgressSaid | NotedSaid | ReadySaid | OpenedSaid | LeavingSaid | FailedSaid | WorkerBroke,
         now: float,
     ) -> None:
         try:
@@ -130,6 +131,8 @@ class Supervisor:
                     worker.step = "loading the application"
                 case ProgressSaid():
                     worker.step = event.step
+                case NotedSaid():
+                    self._noted(worker, event.text)
                 case ReadySaid():
                     keep = worker.deadline if worker.state is not _W.BOOTING else None
                     self.fleet.move(worker, WorkerEvent.READY, deadline=keep)
@@ -154,6 +157,12 @@ class Supervisor:
                     assert_never(event)
         except IllegalTransition as error:
             self._broke(worker, str(error))
+
+    def _noted(self, worker: WorkerRecord, text: str) -> None:
+        self.fleet.actions.append(LogWarning(f"worker {worker.worker}: {text}"))
+        notes = self.fleet.generations[worker.generation].notes
+        if text not in notes:
+            notes.append(text)
 
     def _broke(self, worker: WorkerRecord, reason: str) -> None:
         text = f"worker {worker.worker} broke the protocol: {reason}"
@@ -454,6 +463,7 @@ class Supervisor:
         text = f"generation {record.generation} is live"
         if opened < record.workers_wanted:
             text += f" with {opened} of {record.workers_wanted} workers; the others follow"
+        text = "; ".join((text, *record.notes))
         self._give_verdict(record, ExitCode.DONE, text, now)
 
     def _populate(self, record: GenerationRecord, now: float) -> None:

@@ -79,6 +79,14 @@ class OpenedSaid:
 
 
 @dataclass(slots=True, frozen=True)
+class NotedSaid:
+    """Something that whoever waits for the verdict should know of."""
+
+    worker: int
+    text: str
+
+
+@dataclass(slots=True, frozen=True)
 class LeavingSaid:
     """The worker drains by itself: it was sent TERM, or reached its number of requests."""
 
@@ -132,6 +140,7 @@ Event = (
     | PrepareFailed
     | HelloSaid
     | ProgressSaid
+    | NotedSaid
     | ReadySaid
     | OpenedSaid
     | LeavingSaid

@@ -30,15 +30,16 @@ class AckSocket:
     def __init__(
         self,
         directory: Path,
+        name: str,
         worker: int,
         loop: Loop,
         log: MasterLog,
         is_ours: Callable[[int], bool],
         on_ack: Callable[[], None],
     ) -> None:
-        """`is_ours` tells whether a pid may speak for the worker. Raises OSError."""
+        """`name`: of the file, short. `is_ours` tells whether a pid may speak for the worker. Raises OSError."""
         # No longer than the control socket's name, whose length was checked.
-        self.path = str(directory / f"{_PREFIX}{worker}")
+        self.path = str(directory / f"{_PREFIX}{name}")
         self._worker = worker
         self._loop = loop
         self._log = log

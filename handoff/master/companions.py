@@ -72,6 +72,9 @@ class CompanionDesk:
         while self._events:
             self._handle(cast("CompanionEvent", self._events.popleft()))
         self._handle(Tick())
+        if self.crew.has_stored:
+            prepared = {} if self._prepared is None else self._prepared.companions
+            self.crew.keep_stored_of([name for name, one in prepared.items() if one.pins.settings.command])
 
     def close(self) -> None:
         self.crew.close()

@@ -50,7 +50,8 @@ from handoff.core.vocabulary import (
     WorkerExited,
 )
 from handoff.counters import CounterPage
-from handoff.master.fd_store import FdStore
+from handoff.master.command_check import Checked, CommandCheck, address_of_check
+from handoff.master.fd_store import FdStore, Place
 from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -101,7 +102,9 @@ class Crew:
         return iter(list(self._processes.values()))
 
     def pids(self) -> frozenset[int]:
-        return frozenset(process.pid for process in self._processes.values())
+        """Of all children, those included that check others."""
+        helpers = (one.foreign.helpers for one in self if one.foreign is not None)
+        return frozenset(process.pid for process in self).union(*helpers)
 
     def counters(self, process: WorkerProcess) -> tuple[int, ...]:
         return self._counters.read(process.boot.counters_row)
@@ -121,9 +124,9 @@ class Crew:
     def has_stored(self) -> bool:
         return bool(self._store)
 
-    def keep_stored_of(self, slots: Collection[int]) -> None:
-        """Of these slots, and those that have a command, what was stored is kept; the rest is closed."""
-        self._store.keep_only({*slots, *(process.boot.slot for process in self if process.foreign is not None)})
+    def keep_stored_of(self, places: Collection[Place]) -> None:
+        """Of these places, and those that have a command, what was stored is kept; the rest is closed."""
+        self._store.keep_only({*places, *(process.foreign.place for process in self if process.foreign is not None)})
 
     def close(self) -> None:
         self._store.close()
@@ -195,9 +198,9 @@ class Crew:
                 post_mortem = post_mortem_file()
                 undo.callback(os.close, post_mortem)
                 if pins.settings.command:
-                    foreign = self._foreign_worker(action, pins)
+                    foreign = self._foreign_worker(action, pins, listeners)
                     undo.callback(foreign.close)
-                    stored = self._store.of(action.slot) if takes_stored_fds(pins.settings.dialect) else []
+                    stored = self._store.of(foreign.place) if takes_stored_fds(pins.settings.dialect) else []
                     command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign, stored)
                 else:
                     environment |= {CHANNEL_VARIABLE: str(theirs.fileno()), POST_MORTEM_VARIABLE: str(post_mortem)}
@@ -207,9 +210,18 @@ class Crew:
             undo.pop_all()
         return WorkerProcess(action.worker, boot, pid, pidfd, master_end(ours), post_mortem, foreign=foreign)
 
-    def _foreign_worker(self, action: Spawn, pins: Pins) -> ForeignWorker:
+    def _foreign_worker(self, action: Spawn, pins: Pins, listeners: Mapping[str, Listener]) -> ForeignWorker:
+        address = address_of_check(listeners.values())
+
+        def begin_check(on_end: Callable[[Checked], None]) -> CommandCheck:
+            if address is None:  # one that was passed to us, and is no TCP
+                raise OSError(errno.EAFNOSUPPORT, "it has no TCP listener")
+            pids = [process.pid for process in self if process.boot.generation == action.generation]
+            return CommandCheck(self._loop, pids, address, pins.settings, on_end)
+
         return ForeignWorker(
             action.worker,
+            action.companion,
             action.slot,
             pins.settings,
             self._loop,
@@ -217,6 +229,7 @@ class Crew:
             self._on_event,
             self._directory,
             self._store,
+            None if pins.settings.check is None else begin_check,
         )
 
     def _own_command(
@@ -257,6 +270,7 @@ class Crew:
             counters_row=row,
             mailbox_fd=mailbox_fd,
             measures=self._measures,
+            tls=pins.tls,
         )
 
     # --- telling ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ class Describing:
         self._loop.watch(self._running, Order.EXIT, self._ended)
 
     def pids(self) -> frozenset[int]:
-        return frozenset() if self._running is None else frozenset({self._running.pid})
+        """Of the process that runs, if one does."""
+        return frozenset(() if self._running is None else {self._running.pid})
 
     def next_deadline(self) -> float | None:
         return None if self._running is None else self._running.deadline

@@ -1,4 +1,4 @@
-"""Fds that a worker leaves for the next one in its slot: sd_notify(3), FDSTORE=1."""
+"""Fds that a worker leaves for the next one in its place: sd_notify(3), FDSTORE=1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 MAXIMUM_STORED_FDS = 64
-"""Of one slot."""
+"""Of one place."""
+Place = int | str
+"""The slot of a worker, or the name of a companion."""
 
 
 class _Stored(NamedTuple):
@@ -24,17 +26,17 @@ class FdStore:
     """Owns what it keeps, close-on-exec as it was received, until it is removed or has ended."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, list[_Stored]] = {}
+        self._places: dict[Place, list[_Stored]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._slots)
+        return bool(self._places)
 
-    def add(self, slot: int, name: str, fds: Sequence[int], is_polled: bool = True) -> int:
+    def add(self, place: Place, name: str, fds: Sequence[int], is_polled: bool = True) -> int:
         """Takes ownership of the fds. Those that are there already are closed, and so are those for which there is no
         room, whose number is returned. `is_polled`: one whose other end is gone is not kept.
         """
-        self._drop_ended(slot)
-        kept = self._slots.pop(slot, [])
+        self._drop_ended(place)
+        kept = self._places.pop(place, [])
         known = {one.identity for one in kept if one.identity is not None}
         refused = 0
         for fd in fds:
@@ -47,44 +49,44 @@ class FdStore:
             kept.append(_Stored(name, fd, identity, is_polled))
             if identity is not None:
                 known.add(identity)
-        self._put(slot, kept)
+        self._put(place, kept)
         return refused
 
-    def of(self, slot: int) -> list[tuple[str, int]]:
+    def of(self, place: Place) -> list[tuple[str, int]]:
         """Names and fds, borrowed until the next call, in the order in which they came."""
-        self._drop_ended(slot)
-        return [(one.name, one.fd) for one in self._slots.get(slot, ())]
+        self._drop_ended(place)
+        return [(one.name, one.fd) for one in self._places.get(place, ())]
 
-    def remove(self, slot: int, name: str) -> None:
+    def remove(self, place: Place, name: str) -> None:
         """All of this name."""
-        self._keep(slot, [one for one in self._slots.get(slot, ()) if one.name != name])
+        self._keep(place, [one for one in self._places.get(place, ()) if one.name != name])
 
-    def keep_only(self, slots: Container[int]) -> None:
-        for slot in [slot for slot in self._slots if slot not in slots]:
-            self._keep(slot, [])
+    def keep_only(self, places: Container[Place]) -> None:
+        for place in [place for place in self._places if place not in places]:
+            self._keep(place, [])
 
     def close(self) -> None:
         self.keep_only(())
 
-    def _drop_ended(self, slot: int) -> None:
+    def _drop_ended(self, place: Place) -> None:
         poll = select.poll()
-        kept = self._slots.get(slot, [])
+        kept = self._places.get(place, [])
         for one in kept:
             if one.is_polled:
                 poll.register(one.fd, 0)  # poll(2): errors and ends are told unasked
         ended = {fd for fd, _ in poll.poll(0)} if kept else set()
         if ended:
-            self._keep(slot, [one for one in kept if one.fd not in ended])
+            self._keep(place, [one for one in kept if one.fd not in ended])
 
-    def _keep(self, slot: int, kept: list[_Stored]) -> None:
-        for one in self._slots.pop(slot, []):
+    def _keep(self, place: Place, kept: list[_Stored]) -> None:
+        for one in self._places.pop(place, []):
             if one not in kept:
                 os.close(one.fd)
-        self._put(slot, kept)
+        self._put(place, kept)
 
-    def _put(self, slot: int, kept: list[_Stored]) -> None:
+    def _put(self, place: Place, kept: list[_Stored]) -> None:
         if kept:
-            self._slots[slot] = kept
+            self._places[place] = kept
 
 
 def _identity(fd: int) -> tuple[int, ...] | None:

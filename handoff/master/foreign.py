@@ -21,10 +21,20 @@ from handoff.core.dialects import (
     takes_acks,
     takes_stored_fds,
 )
-from handoff.core.vocabulary import Event, FailedSaid, HelloSaid, LeavingSaid, OpenedSaid, ProgressSaid, ReadySaid
+from handoff.core.vocabulary import (
+    Event,
+    FailedSaid,
+    HelloSaid,
+    LeavingSaid,
+    NotedSaid,
+    OpenedSaid,
+    ProgressSaid,
+    ReadySaid,
+)
 from handoff.durations import format_duration
 from handoff.master.ack import AckSocket
-from handoff.master.fd_store import MAXIMUM_STORED_FDS, FdStore
+from handoff.master.command_check import Checked, CommandCheck
+from handoff.master.fd_store import MAXIMUM_STORED_FDS, FdStore, Place
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.settings import Settings
@@ -39,6 +49,10 @@ _MAXIMUM_LAST_DATAGRAMS = 1024
 _EXPECTED = "expected to say READY=1 to $NOTIFY_SOCKET; for a command that cannot, give --ready-after"
 
 
+BeginCheck = Callable[[Callable[[Checked], None]], CommandCheck]
+"""Takes who is told how it ended. Raises OSError."""
+
+
 class ForeignWorker:
     """What stands in for the channel of a worker that is a command. Owns the sockets that it says its words to.
 
@@ -49,6 +63,7 @@ class ForeignWorker:
     def __init__(
         self,
         worker: int,
+        companion: str,
         slot: int,
         settings: Settings,
         loop: Loop,
@@ -56,10 +71,13 @@ class ForeignWorker:
         on_event: Callable[[Event], None],
         directory: Path,
         store: FdStore,
+        begin_check: BeginCheck | None = None,
     ) -> None:
-        """`directory`: the service's, for sockets that have a path; `store` is borrowed. Raises OSError."""
+        """`companion`: its name, or none. `directory`: the service's, for sockets that have a path; `store` is
+        borrowed. `begin_check`: before it counts as ready it must pass that. Raises OSError."""
         self.worker = worker
-        self._slot = slot
+        self.place: Place = companion or slot
+        """Whose successor gets what it stores."""
         self._store = store if takes_stored_fds(settings.dialect) else None
         self.pid = 0
         self._ready_at: float | None = None
@@ -71,6 +89,10 @@ class ForeignWorker:
         self._log = log
         self._on_event = on_event
         self._is_executed = self._is_ready = self._is_leaving = False
+        self._has_heard_stranger = False
+        self._begin_check = begin_check
+        self._check: CommandCheck | None = None
+        self._shown_check = f"check {settings.check}"
         self._socket: socket.socket | None = None
         self.notify_address = ""
         """For NOTIFY_SOCKET; empty where the dialect has none."""
@@ -78,20 +100,27 @@ class ForeignWorker:
             # Abstract: a command that becomes another user still reaches it; who may speak its credentials tell.
             self.notify_address = f"@handoff-{secrets.token_hex(16)}"
             self._socket = _notify_socket(self.notify_address)
-        self._acks = self._ack_socket(directory) if takes_acks(settings.dialect) else None
+        # Companions are numbered by themselves.
+        ack_name = f"c{worker}" if companion else str(worker)
+        self._acks = self._ack_socket(directory, ack_name) if takes_acks(settings.dialect) else None
 
     @property
     def ack_path(self) -> str:
         """For EINHORN_SOCK_PATH; empty where the dialect has none."""
         return self._acks.path if self._acks is not None else ""
 
-    def _ack_socket(self, directory: Path) -> AckSocket | None:
+    def _ack_socket(self, directory: Path, name: str) -> AckSocket | None:
         """Most commands never ack: that they could not must not keep them from starting."""
         try:
-            return AckSocket(directory, self.worker, self._loop, self._log, self._is_of_worker, self._ready)
+            return AckSocket(directory, name, self.worker, self._loop, self._log, self._is_of_worker, self._ready)
         except OSError as error:
             self._log.warning(f"no socket for acks in {directory}: {error.strerror}", worker=self.worker)
             return None
+
+    @property
+    def helpers(self) -> frozenset[int]:
+        """Pids of our own processes that work for it."""
+        return frozenset() if self._check is None else self._check.pids
 
     def _is_of_worker(self, pid: int) -> bool:
         return _is_of(pid, self.pid)
@@ -146,6 +175,8 @@ class ForeignWorker:
             self._acks.hear_last()
 
     def close(self) -> None:
+        if self._check is not None:
+            self._check.close()
         if self._acks is not None:
             self._acks.close()
         if self._socket is not None:
@@ -160,20 +191,28 @@ class ForeignWorker:
         assert self._socket is not None
         for _ in range(limit):
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
+                data, ancillary, flags, _ = self._socket.recvmsg(
                     MAXIMUM_NOTIFICATION_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
             sender, fds = _take_ancillary(ancillary)
             try:
-                if _is_of(sender, self.pid):
-                    self._said(data, fds)
+                if not _is_of(sender, self.pid):
+                    self._heard_stranger(sender)
+                elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):  # half a word might be another one
+                    self._log.warning("notification that is too long was ignored", worker=self.worker)
                 else:
-                    self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=sender)
+                    self._said(data, fds)
             finally:
                 for fd in fds:  # also those of BARRIER=1, which waits for that
                     os.close(fd)
+
+    def _heard_stranger(self, pid: int) -> None:
+        """Told once: anybody on the machine may send here, as often as he likes."""
+        if not self._has_heard_stranger:
+            self._log.warning("notification of a stranger was ignored", worker=self.worker, sender_pid=pid)
+        self._has_heard_stranger = True
 
     def _failed(self, error: Exception) -> None:
         self._log.failure(f"notifications of worker {self.worker}", error)
@@ -201,24 +240,46 @@ class ForeignWorker:
 
     def _keep_fds(self, store: FdStore, said: Notification, fds: list[int]) -> None:
         if said.removes_fds and said.fd_name is not None:
-            store.remove(self._slot, said.fd_name)
+            store.remove(self.place, said.fd_name)
         elif said.stores_fds:
             taken = list(fds)
             fds.clear()
-            refused = store.add(self._slot, said.fd_name or DEFAULT_FD_NAME, taken, said.polls_fds)
+            refused = store.add(self.place, said.fd_name or DEFAULT_FD_NAME, taken, said.polls_fds)
             if refused:
                 self._log.warning(
                     f"{refused} fds were not kept; a slot may have {MAXIMUM_STORED_FDS}", worker=self.worker
                 )
 
     def _ready(self) -> None:
+        """It says so, or has lived long enough."""
         self._ready_at = None
-        if not self._is_ready:
-            self.executed(time.monotonic())  # what speaks runs, even where the channel's end was not read yet
-            self._ready_at = None
-            self._is_ready = True
-            self._on_event(ReadySaid(self.worker))
-            self._wind_watchdog()
+        if self._is_ready or self._is_leaving or self._check is not None:
+            return
+        self.executed(time.monotonic())  # what speaks runs, even where the channel's end was not read yet
+        self._ready_at = None
+        if self._begin_check is None:
+            self._works()
+            return
+        self._on_event(ProgressSaid(self.worker, f"answering the {self._shown_check}"))
+        try:
+            self._check = self._begin_check(self._checked)
+        except OSError as error:
+            self._checked(Checked(None, f"cannot be made ({error.strerror})"))
+
+    def _checked(self, checked: Checked) -> None:
+        if self._is_leaving:
+            return
+        if checked.is_good is False:
+            self._fails(f"{self._shown_check}: {checked.reason}")
+            return
+        if checked.is_good is None:
+            self._on_event(NotedSaid(self.worker, f"{self._shown_check}: {checked.reason}, so it was not checked"))
+        self._works()
+
+    def _works(self) -> None:
+        self._is_ready = True
+        self._on_event(ReadySaid(self.worker))
+        self._wind_watchdog()
 
     def _wind_watchdog(self) -> None:
         """From now on it has the whole interval again."""
@@ -226,9 +287,12 @@ class ForeignWorker:
             self._watchdog_at = time.monotonic() + self._watchdog_seconds
 
     def _broke(self, what: str) -> None:
+        self._fails(f"worker {self.worker} {what}")
+
+    def _fails(self, reason: str) -> None:
         self._is_leaving = True  # it is told to end once, and its drain signal is not for that
         self._ready_at = self._watchdog_at = None
-        self._on_event(FailedSaid(self.worker, f"worker {self.worker} {what}", is_ending=False))
+        self._on_event(FailedSaid(self.worker, reason, is_ending=False))
 
 
 def _notify_socket(address: str) -> socket.socket:

@@ -96,6 +96,7 @@ class Preparer:
         binds = {name: _companion_binds(name, one) for name, one in all_pins.items()}
         together = [*own, *(bind for some in binds.values() for bind in some.values())]
         check_binds(together)
+        _refuse_check_without_tcp(pins.settings, own)
         per_slot = [str(bind.name) for bind in own] if pins.settings.listen_mode == "reuseport" else []
         listeners = self._listeners.acquire(generation, together, pins.settings.backlog, per_slot)
         companions = {
@@ -118,6 +119,11 @@ class Preparer:
         if changes:
             raise UsageError(changes[0])
         return pins
+
+
+def _refuse_check_without_tcp(settings: Settings, binds: Sequence[Bind]) -> None:
+    if settings.command and settings.check is not None and not any(bind.kind in ("tcp", "fd") for bind in binds):
+        raise UsageError("check: a command is asked through a TCP listener, and has none; leave it out, or bind one")
 
 
 def _companion_binds(companion: str, pins: Pins) -> dict[str, Bind]:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import select
-import socket
-import stat
 import time
 import traceback
 from collections.abc import Mapping
 from typing import Literal
+
+from handoff.output import Output
 
 MAXIMUM_HELD_LINES = 500
 MAXIMUM_LINE_BYTES = 64 * 1024
 
 
 class MasterLog:
-    """Writes to a file descriptor, by default stderr, which it borrows. What cannot be written is dropped and counted.
-
-    O_NONBLOCK would be shared with every worker that inherits the same stderr, so a pipe or terminal is opened anew
-    where the kernel allows that, and asked first (poll) where it does not. A regular file never blocks, and is written
-    through the fd that the workers share: a second file offset would let them overwrite our lines.
-    """
+    """Writes to an fd, by default stderr, which it borrows. What cannot be written is dropped and counted."""
 
     def __init__(self, format: Literal["text", "json"] = "text", fd: int = 2) -> None:
         self._format = format
-        self._fd, self._own, self._socket = _open_without_blocking(fd)
-        self._is_file = _is_regular(self._fd)
+        self._output = Output(fd)
         self._held: list[bytes] | None = None
         self._is_muted = False
         self.dropped = 0
@@ -80,51 +72,11 @@ class MasterLog:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, data: bytes) -> None:
-        try:
-            if self._socket is not None:
-                self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                return
-            if not self._own and not self._is_file:
-                if not _is_writable(self._fd):
-                    self.dropped += 1
-                    return
-                data = data[: select.PIPE_BUF - 1].rstrip(b"\n") + b"\n"  # POLLOUT promises no more room than that
-            os.write(self._fd, data)
-        except OSError:  # full, or the reader is gone
+        if not self._output.write(data):
             self.dropped += 1
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        elif self._own:
-            os.close(self._fd)
-
-
-def _open_without_blocking(fd: int) -> tuple[int, bool, socket.socket | None]:
-    """(fd to write to, whether it is ours, or the socket that it is)."""
-    try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISSOCK(mode):
-            return fd, True, socket.socket(fileno=os.dup(fd))
-        if stat.S_ISREG(mode):
-            return fd, False, None
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        return os.open(f"/proc/self/fd/{fd}", flags), True, None
-    except OSError:
-        return fd, False, None
-
-
-def _is_regular(fd: int) -> bool:
-    try:
-        return stat.S_ISREG(os.fstat(fd).st_mode)
-    except OSError:
-        return False
-
-
-def _is_writable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return any(event & select.POLLOUT for _, event in poll.poll(0))
+        self._output.close()
 
 
 def _now() -> str:

@@ -235,9 +235,9 @@ class Master:
             if isinstance(event, StopRequested) and (event.is_now or self._supervisor.is_stopping):
                 self._companions.stop(is_now=True)
             actions = self._supervisor.handle(event, time.monotonic())
-            if any(isinstance(action, Exit) for action in actions):
-                self._last_actions = [action for action in actions if isinstance(action, Verdict | Exit)]
-            self._act_all(action for action in actions if action not in self._last_actions)
+            held = self._to_be_held(event, actions)
+            self._last_actions += held
+            self._act_all(action for action in actions if action not in held)
             if self._last_actions:
                 self._companions.stop(is_now=False)  # after the workers, which may need them to the end
                 self._end_after_companions()
@@ -247,6 +247,13 @@ class Master:
             self._crew.keep_stored_of(self._slots_of_commands())
         if self._status_file is not None:
             self._write_status_file(self._status_file)
+
+    def _to_be_held(self, event: Event, actions: Sequence[Action]) -> list[Action]:
+        """What ends the service, or says that it has ended: not before the companions have, too."""
+        is_stop = isinstance(event, StopRequested) and self._supervisor.has_exited
+        if is_stop or any(isinstance(action, Exit) for action in actions):
+            return [action for action in actions if isinstance(action, Verdict | Exit)]
+        return []
 
     def _act_all(self, actions: Iterable[Action]) -> None:
         for action in actions:

@@ -19,7 +19,7 @@ from handoff.counters import WorkerCounters
 from handoff.settings import Settings
 from handoff.worker.context import Claims, current
 from handoff.worker.http import HTTPService
-from handoff.worker.library import AsyncWorker, Worker
+from handoff.worker.library import ACCEPTS_BY_ITSELF, AsyncWorker, Worker
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, add_directory, failure_of, interface_of, is_async, load_application
 from handoff.worker.logs import configure_program
@@ -95,6 +95,8 @@ def _run_main(
 
         _guard_until_open(link, lambda: _run(boot, run))
     else:
+        if boot.settings.listen_mode != "shared":
+            raise BootFailure(f"listen-mode {boot.settings.listen_mode}: {ACCEPTS_BY_ITSELF}; leave the option out")
         worker = Worker(boot, link, claims, counters)
         _guard_until_open(link, lambda: application(worker))
 
@@ -118,7 +120,6 @@ def _run(boot: Boot, main: Callable[[], Any]) -> None:
 def _refuse_for_programs(settings: Settings) -> None:
     """A program accepts by itself."""
     asked = {
-        "listen-mode reuseport": settings.listen_mode != "shared",
         f"proxy-protocol {settings.proxy_protocol}": settings.proxy_protocol != "off",
         "tls-cert": settings.tls_cert is not None,
     }

@@ -14,7 +14,8 @@ from handoff.worker.accepting import Server, stop_accepting
 class ForeignSlots:
     """What this worker accepts from beside its own listeners. Owns those sockets."""
 
-    def __init__(self, serve: Callable[[str, socket.socket], Awaitable[Server]]) -> None:
+    def __init__(self, serve: Callable[[str, socket.socket], Awaitable[Server | None]]) -> None:
+        """`serve`: accept from a socket of the listener of this name; None: nobody here serves that."""
         self._serve = serve
         self._servers: dict[tuple[str, int], tuple[socket.socket, Server]] = {}
         self._last: asyncio.Future[None] | None = None
@@ -26,8 +27,8 @@ class ForeignSlots:
         self._last = task
 
     async def _update(self, last: asyncio.Future[None] | None, message: AlsoAccept, fds: list[int]) -> None:
-        if last is not None:  # in order
-            await last
+        if last is not None:  # in order; one that failed must not take the later ones along
+            await asyncio.wait({last})
         new = iter(fds)
         for info in message.sockets:
             if info.is_new:
@@ -37,7 +38,11 @@ class ForeignSlots:
                     continue
                 listener = socket.socket(fileno=fd)
                 listener.setblocking(False)
-                self._servers[info.name, info.slot] = (listener, await self._serve(info.name, listener))
+                server = await self._serve(info.name, listener)
+                if server is None:
+                    listener.close()
+                else:
+                    self._servers[info.name, info.slot] = (listener, server)
         wanted = {(info.name, info.slot) for info in message.sockets}
         gone = [self._servers.pop(key)[1] for key in list(self._servers) if key not in wanted]
         if gone:

@@ -22,7 +22,6 @@ from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketState
-from handoff.core.proxy_protocol import ProxyError
 from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
@@ -36,8 +35,9 @@ from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
 from handoff.worker.logs import BAD_CONFIGURATION, log_config
 from handoff.worker.measured import MeasuredHTTPProtocol
+from handoff.worker.newcomers import Newcomers
 from handoff.worker.protocol import HTTPProtocol
-from handoff.worker.proxied import Rules, log_bad_beginning, read_beginning
+from handoff.worker.proxied import Rules
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
 from handoff.worker.timeout import RequestTimeout
@@ -84,10 +84,11 @@ class HTTPService:
         self._state.hands_websockets_over = WEBSOCKET in self._adopts
         self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
         self._changed = asyncio.Event()
-        self._proxy_rules: Rules | None = None
+        rules = None
         if self._settings.proxy_protocol != "off":
-            self._proxy_rules = Rules(self._settings.proxy_protocol, self._settings.proxy_from)
-        open_server = None if self._begins_raw else self._open_server
+            rules = Rules(self._settings.proxy_protocol, self._settings.proxy_from)
+        self._newcomers = Newcomers(rules, self._config.ssl, self._protocol)
+        open_server = None if self._newcomers.are_due else self._open_server
         self._acceptors = Acceptors(listeners, self._settings.backlog, open_server, self._take_raw)
         self._state.crowded_from, self._state.on_crowded = self._acceptors.crowded_from, self._acceptors.crowded
         self._foreign_slots = ForeignSlots(self._acceptors.serve)
@@ -160,8 +161,8 @@ class HTTPService:
                 raise SystemExit(0)
         task.result()
 
-    def _protocol(self) -> HTTPProtocol:
-        return self._http(self._config, self._state, self._lifespan.state)
+    def _protocol(self, adopted: tuple[HTTPState, bytes] | None = None) -> HTTPProtocol:
+        return self._http(self._config, self._state, self._lifespan.state, adopted=adopted)
 
     def _protocol_of_check(self) -> HTTPProtocol:
         """For requests to ourselves: no client's, so neither the counts nor the access log have them."""
@@ -181,45 +182,20 @@ class HTTPService:
         loop, backlog = asyncio.get_running_loop(), self._settings.backlog
         return await loop.create_server(self._protocol, sock=listener, backlog=backlog)
 
-    @property
-    def _begins_raw(self) -> bool:
-        """A header or a handshake comes before HTTP; a drain waits for it."""
-        return self._proxy_rules is not None or self._config.ssl is not None
-
     def _take_raw(self, _name: str, connection: socket.socket) -> None:
         """Serve a connection that was accepted just now; it is ours. A drain waits for it, as for one adopted."""
-        task = asyncio.ensure_future(self._begin(connection))
+        task = asyncio.ensure_future(self._newcomers.begin(connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
-
-    async def _begin(self, connection: socket.socket) -> None:
-        """Read the header of the PROXY protocol, if there is to be one; shake hands for TLS; then serve."""
-        try:
-            client, data = await read_beginning(connection, self._proxy_rules)
-        except (ProxyError, TimeoutError, EOFError, OSError) as error:
-            log_bad_beginning(connection, error)
-            connection.close()
-            return
-        except BaseException:
-            connection.close()
-            raise
-        tls = self._config.ssl
-        adopted = None
-        if client is not None or data:
-            adopted = HTTPState(client=client, scheme="http" if tls is None else "https"), data
-        protocol = self._http(self._config, self._state, self._lifespan.state, adopted=adopted)
-        with contextlib.suppress(OSError):  # it went away, or TLS could not be agreed on: nobody was served yet
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection, ssl=tls)
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
         connection = socket_of(state, fds)
         protocol: HTTPProtocol | WebSocketProtocol
-        app_state = self._lifespan.state
         if isinstance(state, HTTPState):
-            protocol = self._http(self._config, self._state, app_state, adopted=(state, data))
+            protocol = self._protocol((state, data))
         elif isinstance(state, WebSocketState) and WEBSOCKET in self._adopts:
-            protocol = WebSocketProtocol(self._config, self._state, app_state, adopted=(state, data))
+            protocol = WebSocketProtocol(self._config, self._state, self._lifespan.state, adopted=(state, data))
         else:
             connection.close()
             raise Unreadable(f"a connection that is not taken here: {state}")
@@ -375,6 +351,7 @@ class HTTPService:
         now = asyncio.get_running_loop().time()
         holds = [hold for connection in self._state.connections if (hold := _ours(connection).hold(now)) is not None]
         idle_tasks = len(self._state.tasks) - sum(hold.kind in ("request", "websocket") for hold in holds)
+        holds += self._newcomers.holds(now)
         holds += [Hold("task", "", "runs on after its response", 0.0)] * max(0, idle_tasks)
         holds.sort(key=lambda hold: -hold.age_seconds)
         return Holds(request=request, total=len(holds), holds=tuple(holds[:MAXIMUM_HOLDS]))
@@ -432,7 +409,7 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
             headers=headers,
         )
         config.load()
-        config.ssl = server_context(settings) or config.ssl
+        config.ssl = server_context(settings, boot.tls) or config.ssl
     except BAD_CONFIGURATION as error:
         raise BootFailure(f"uvicorn does not take these settings: {error}") from None
     assert config.lifespan_class in (LifespanOn, LifespanOff)

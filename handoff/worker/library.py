@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from handoff.core.messages import Boot, Opened, Ready, Receivers
 from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
-from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, MOVED, REFUSED, WorkerCounters
+from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, HEARTBEAT, MOVED, REFUSED, WorkerCounters
 from handoff.mailbox import Unreadable, receive_letter
 from handoff.rights import has_headroom
 from handoff.worker.accepting import Server
@@ -29,12 +29,16 @@ from handoff.worker.acceptors import Acceptors, fd_of
 from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.context import Claims
+from handoff.worker.foreign_slots import ForeignSlots
 from handoff.worker.link import Link
 from handoff.worker.mover import Mover
 from handoff.worker.outbox import Outbox, Put
 from handoff.worker.raw import Protocol, RawConnection, makes_movable
 
+ACCEPTS_BY_ITSELF = "is for ASGI, for WSGI, and for programs on asyncio that accept with worker.serve"
+"""A worker must be able to accept for slots that nobody serves."""
 MAXIMUM_HANDED_FDS = 16
+_BEAT_SECONDS = 0.5
 SENDERS_SECONDS = 2.0
 """How long workers may take to hear that nobody takes connections any more."""
 
@@ -334,6 +338,10 @@ class AsyncWorker(_Identity):
         loop = asyncio.get_running_loop()
         link.on_change = self._link_changed
         link.on_receivers = self._mover.update
+        self._foreign_slots = ForeignSlots(self._accept_from)
+        link.on_also_accept = self._foreign_slots.update
+        self._factories: dict[str, Callable[[], asyncio.Protocol]] = {}
+        self._beat()
         loop.add_reader(link.fileno(), link.read)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._leave, number)
@@ -343,9 +351,17 @@ class AsyncWorker(_Identity):
         if self._link.is_orphan:  # the end of the channel stays readable for ever
             asyncio.get_running_loop().remove_reader(self._link.fileno())
 
+    def _beat(self) -> None:
+        """Tells that the event loop turns."""
+        self._counters[HEARTBEAT] += 1
+        asyncio.get_running_loop().call_later(_BEAT_SECONDS, self._beat)
+
     async def ready(self) -> bool:
         """Say that everything works, and wait for the commit. True: accept from now on. False: return from `main`,
-        this generation will not be live."""
+        this generation will not be live. Raises ValueError in listen-mode reuseport, which is for `serve`."""
+        mode = self._boot.settings.listen_mode
+        if mode != "shared":
+            raise ValueError(f"listen-mode {mode}: {ACCEPTS_BY_ITSELF}")
         return await self._ready(adopts=False)
 
     async def _ready(self, adopts: bool) -> bool:
@@ -374,24 +390,24 @@ class AsyncWorker(_Identity):
             if listener.type != socket.SOCK_STREAM:
                 raise ValueError(f"serve: listener {name} is UDP; give it to loop.create_datagram_endpoint(sock=…)")
         moves = makes_movable(protocol_factory)
+        self._factories = {name: partial(self._make, protocol_factory, name) for name in sockets}
         if not await self._ready(adopts=moves):
             return
         loop = asyncio.get_running_loop()
         backlog = self._boot.settings.backlog
-        factories = {name: partial(self._make, protocol_factory, name) for name in sockets}
 
         async def open_server(name: str, listener: socket.socket) -> Server:
-            return await loop.create_server(factories[name], sock=listener, backlog=backlog)
+            return await loop.create_server(self._factories[name], sock=listener, backlog=backlog)
 
-        acceptors = self._acceptors = Acceptors(sockets, backlog, open_server, partial(self._take, factories))
+        acceptors = self._acceptors = Acceptors(sockets, backlog, open_server, self._take)
         await acceptors.open()
-        adopter = Adopter(socket.socket(fileno=self._boot.mailbox_fd), partial(self._adopt, factories), self._counters)
+        adopter = Adopter(socket.socket(fileno=self._boot.mailbox_fd), self._adopt, self._counters)
         if moves:
             adopter.start()
         await self.drained()
         if moves and self._link.moves:
             adopter.stop()  # our replacement reads on, or the master
-        await acceptors.stop(self._link.ending_listeners)
+        await acceptors.stop(self._link.ending_listeners, await self._foreign_slots.close())
         await self._until_empty()
         if moves and not self._link.moves and not self._link.is_orphan:
             await self._until_nobody_sends(adopter)
@@ -424,18 +440,22 @@ class AsyncWorker(_Identity):
                     if left is not None:  # a later message may have brought the deadline nearer
                         limit.reschedule(asyncio.get_running_loop().time() + left)
 
+    async def _accept_from(self, name: str, listener: socket.socket) -> Server | None:
+        """None: the program does not serve a listener of this name."""
+        if self._acceptors is None or name not in self._factories:
+            return None
+        return await self._acceptors.serve(name, listener)
+
     def _make(self, protocol_factory: Callable[[], asyncio.Protocol], listener: str) -> asyncio.Protocol:
         return self._watched(protocol_factory(), listener)
 
-    def _adopt(
-        self, factories: Mapping[str, Callable[[], asyncio.Protocol]], state: AnyState, data: bytes, fds: list[int]
-    ) -> None:
+    def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
         connection = socket_of(state, fds)
-        if not isinstance(state, RawState) or state.listener not in factories:
+        if not isinstance(state, RawState) or state.listener not in self._factories:
             connection.close()
             raise Unreadable(f"no such listener here, or no connection of this kind: {state}")
-        protocol: Any = factories[state.listener]()
+        protocol: Any = self._factories[state.listener]()
         made = protocol.connection_made
 
         def connection_made(transport: asyncio.BaseTransport) -> None:
@@ -445,11 +465,9 @@ class AsyncWorker(_Identity):
         protocol.connection_made = connection_made
         self._serve_one(lambda: protocol, connection)
 
-    def _take(
-        self, factories: Mapping[str, Callable[[], asyncio.Protocol]], name: str, connection: socket.socket
-    ) -> None:
+    def _take(self, name: str, connection: socket.socket) -> None:
         """Serve a connection that was accepted just now; it is ours."""
-        self._serve_one(factories[name], connection)
+        self._serve_one(self._factories[name], connection)
 
     def _serve_one(self, factory: Callable[[], asyncio.Protocol], connection: socket.socket) -> None:
         """A drain waits for it."""

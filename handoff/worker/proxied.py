@@ -35,11 +35,16 @@ class Rules:
         self._networks: list[_Network] = [ipaddress.ip_network(one, strict=False) for one in sources if one != UNIX]
 
     def trusts(self, connection: socket.socket) -> bool:
-        if connection.family == socket.AF_UNIX:
+        """Raises OSError where the peer has gone already."""
+        return self.trusts_peer(connection.getpeername())
+
+    def trusts_peer(self, peer: object) -> bool:
+        """`peer`: as accept() tells it, also of one that was reset meanwhile."""
+        if not isinstance(peer, tuple):
             return self._takes_unix
-        peer = ipaddress.ip_address(connection.getpeername()[0].partition("%")[0])
-        mapped = peer.ipv4_mapped if isinstance(peer, ipaddress.IPv6Address) else None
-        return any((mapped or peer) in network for network in self._networks)
+        address = ipaddress.ip_address(peer[0].partition("%")[0])
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return any((mapped or address) in network for network in self._networks)
 
 
 class Beginning(NamedTuple):

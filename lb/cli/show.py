@@ -57,6 +57,8 @@ def _print(found: Status) -> None:
 def _heading(found: Status) -> Iterator[str]:
     kept = "" if found.is_durable else ", changes are NOT durable"
     yield f"{found.name}: generation {found.generation}, table {found.revision}{kept}"
+    for peer in found.unheard_peers:
+        yield f"peer {peer}: has not answered since the start; it may know a newer revision"
     for relay in found.relays:
         late = "" if relay.taken == found.revision else f", has table {relay.taken}"
         draining = ", draining" if relay.is_draining else ""

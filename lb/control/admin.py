@@ -56,7 +56,7 @@ class Admin:
     def __init__(self, controller: Controller, store_api: StoreApi) -> None:
         self._controller = controller
         self._store_api = store_api
-        self._commands = Commands(controller)
+        self.commands = Commands(controller)
         self._metrics = Metrics(controller)
         self.is_draining = False
 
@@ -99,13 +99,15 @@ class Admin:
             request = _REQUEST.decode(_tagged(body, command))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return problem(400, 2, f"{command}: {error}")
-        answer = await self._commands.carry_out(request)
+        answer = await self.commands.carry_out(request)
         return Reply(_STATUSES.get(answer.exit_code, 500), msgspec.json.encode(answer))
 
     def _read(self, path: str, headers: list[tuple[bytes, bytes]]) -> Reply:
         match path:
             case "/v1/status":
                 return Reply(200, msgspec.json.encode(status_of(self._controller)))
+            case "/v1/overrides":
+                return Reply(200, msgspec.json.encode(self._controller.overrides))
             case "/metrics":
                 body, content_type = self._metrics.render(_header(headers, b"accept") or "")
                 return Reply(200, body, content_type)
@@ -114,7 +116,7 @@ class Admin:
             case "/readyz":
                 why = self._why_not_ready()
                 return Reply(200, b"ready\n", "text/plain") if why is None else Reply(503, why, "text/plain")
-        return problem(404, 2, f"{path}: there are /v1/status, /metrics, /livez, /readyz")
+        return problem(404, 2, f"{path}: there are /v1/status, /v1/overrides, /metrics, /livez, /readyz")
 
     def _why_not_ready(self) -> bytes | None:
         if self.is_draining:

@@ -16,7 +16,8 @@ from handoff.addresses import parse_bind
 from handoff.errors import UsageError
 from handoff.option_table import is_service_name
 from lb.check_files import refuse_missing
-from lb.config import MAXIMUM_BACKENDS, is_own_address, parse_config
+from lb.config import MAXIMUM_BACKENDS, parse_config
+from lb.control.confirming import confirm
 from lb.control.controller import Controller
 from lb.control.switching import prepare, published, rollback, switch
 from lb.core.admin import (
@@ -31,6 +32,7 @@ from lb.core.admin import (
     Request,
     Rollback,
     Switch,
+    Verify,
     Weight,
 )
 from lb.core.choice import MAXIMUM_WEIGHT
@@ -51,6 +53,7 @@ from lb.core.overrides import (
 )
 from lb.core.reloading import taken_in_place
 from lb.core.standing import Administrative
+from lb.own_addresses import is_own_address
 
 MAXIMUM_FENCE_LENGTH = 256
 COUNT_SECONDS = 0.05
@@ -105,6 +108,8 @@ class Commands:
                 return await self._drain(request)
             case Ready():
                 return await self._ready(request)
+            case Verify():
+                return await self._verify(request)
             case Maint():
                 return await self._maint(request)
             case Weight():
@@ -166,6 +171,11 @@ class Commands:
     async def _ready(self, request: Ready) -> Answer:
         controller = self._controller
         found = self._find(request.server)
+        if request.is_afresh:
+            missing = await confirm(controller, lambda one: one.key == found.key, request.wait_seconds)
+            if missing:
+                raise Refusal(TIMED_OUT, f"{', '.join(missing)}; nothing changed")
+            found = self._find(request.server)
         overrides = controller.overrides
         states = without(overrides.states, found.key)
         if self._is_held_by_agent(found.key):
@@ -183,6 +193,17 @@ class Commands:
         )
         answer = await self._published(controller.override(changed), f"{found.key} is ready")
         return await self._came_up(found.key, answer, request.wait_seconds)
+
+    async def _verify(self, request: Verify) -> Answer:
+        found = self._find(request.server)
+
+        def is_judged(one: Present) -> bool:
+            return one.key == found.key and one.standing.administrative is Administrative.READY
+
+        missing = await confirm(self._controller, is_judged, request.wait_seconds)
+        if missing:
+            raise Refusal(TIMED_OUT, ", ".join(missing))
+        return Answer(exit_code=0, message=f"{found.key} has passed a check, or is not judged")
 
     def _is_held_by_agent(self, key: str) -> bool:
         """It is `ready` against the agent's will then, which must be said, and kept."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from handoff.addresses import parse_bind
-from lb.config import is_own_address
+from lb.control.catching_up import LateAnswers
 from lb.control.files import boot_id, run_id, write_atomically
 from lb.control.names import Names
 from lb.control.probes import Probes
@@ -22,19 +22,22 @@ from lb.control.stored import (
     BEAT_SECONDS,
     MEMORY_NAME,
     Memory,
+    at_start,
     fingerprint,
     offset_of,
     read_memory,
     read_table,
 )
+from lb.core.catching_up import caught_up
 from lb.core.compose import Leaving, Observed, Present, Record, compose, present_backends, recorded
 from lb.core.ejection import EjectionRecord, EjectionRules, Ejections
 from lb.core.model import Balancer, Service
 from lb.core.naming import Answer, is_called_by_name
-from lb.core.overrides import Overrides, expired, next_expiry, retired, settled
+from lb.core.overrides import Overrides, expired, later, next_expiry, retired, settled
 from lb.core.standing import Administrative
 from lb.core.table import Closing, Endpoint, Table
 from lb.core.wire import TABLE_NAME
+from lb.own_addresses import is_own_address
 from lb.page import CURRENT, Page
 
 TICK_SECONDS = 1.0
@@ -63,6 +66,8 @@ class Controller:
         self.generation = generation
         self.file: str | None = None
         """What the service runs; None: what was typed."""
+        self.unheard_peers: tuple[str, ...] = ()
+        """Those that have not answered since the start."""
         self._resolver = resolver or Resolver()
         self.store, self.page, self.relays = store, page, relays
         self._directory = directory
@@ -72,7 +77,12 @@ class Controller:
         self.applied = memory.applied if memory is not None and is_own else None
         self.balancer = self.applied or balancer
         self.wall_offset = offset_of(memory, time.time() - time.monotonic())
-        self.overrides = self._settled(store.load())
+        saved = store.load()
+        found = later(saved, memory.unsaved if memory is not None else None)
+        self.overrides = at_start(found, self.balancer, memory, store.directory, self.wall())
+        if self.overrides != saved:
+            store.save(self.overrides)
+        self._hold(self._settled(self.overrides))
         self.records: dict[str, Record] = dict(memory.records) if memory is not None else {}
         self.leaving: dict[str, Leaving] = dict(memory.leaving) if memory is not None else {}
         self.answers: dict[str, Answer] = dict(memory.answers) if memory is not None else {}
@@ -110,6 +120,7 @@ class Controller:
         self._is_start = False
         tasks.create_task(self._tick())
         tasks.create_task(self.store.keep_trying())
+        LateAnswers(tasks, self, self.store.directory)
 
     def end(self) -> None:
         """What was observed is kept for the successor."""
@@ -129,6 +140,15 @@ class Controller:
 
     def service(self, name: str) -> Service | None:
         return next((service for service in self.balancer.services if service.name == name), None)
+
+    def hurry(self, identity: str) -> None:
+        """Have it checked, as soon as that may be."""
+        if self.probes is not None:
+            self.probes.hurry(identity)
+
+    def passed_since(self, identity: str) -> float:
+        """When the latest check began, if it passed; monotonic."""
+        return self.probes.passed_from.get(identity, 0.0) if self.probes is not None else 0.0
 
     def connections(self, identity: str) -> int:
         return self.page.sums(identity)[CURRENT]
@@ -152,16 +172,24 @@ class Controller:
         return True
 
     async def all_taken(self, revision: int, timeout: float) -> bool:
-        """Every relay worker that is connected has this table, or a later one. Shortly after our start those count as
-        well that are yet to connect."""
+        """Every relay worker that was ever connected, and lives, has this table, or a later one. Shortly after our
+        start those count as well that are yet to connect."""
 
         def is_done() -> bool:
-            return not self.relays.behind(revision) and (self._has_all() or time.monotonic() >= self._all_deadline)
+            if self.behind(revision):
+                return False
+            return self._has_all() or time.monotonic() >= self._all_deadline
 
         if not self._has_all():
             delay = self._all_deadline - time.monotonic()
             asyncio.get_running_loop().call_later(max(delay, 0.0), self._notify)
         return await self.wait_for(is_done, timeout)
+
+    def behind(self, revision: int) -> list[int]:
+        """The pids of those that may go by an older table: also of one that has lost its connection to us."""
+        connected = {peer.row for peer in self.relays.connected}
+        lost = [pid for row, pid in self.relays.seen.items() if row not in connected and self.page.owner(row) == pid]
+        return [*(peer.pid for peer in self.relays.behind(revision)), *lost]
 
     def _has_all(self) -> bool:
         return set(self.page.rows()) <= {peer.row for peer in self.relays.connected}
@@ -170,10 +198,15 @@ class Controller:
 
     def override(self, overrides: Overrides) -> int:
         """These hold from now on. Returns the revision of the table that says so, which is on its way."""
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(overrides)
         return self.publish()
+
+    def catch_up(self, theirs: Overrides, peer: str) -> None:
+        """A peer that was silent when we started is there now; what is newer with it holds from now on."""
+        overrides, notes = caught_up(self.overrides, theirs, self.balancer.services, peer, is_new=False)
+        for note in notes:
+            _LOG.info("%s", note)
+        self.override(overrides)
 
     def apply(self, balancer: Balancer) -> tuple[int, tuple[str, ...]]:
         """Another configuration in place of the present one, and notes about overrides that it contradicts."""
@@ -209,6 +242,8 @@ class Controller:
             self._write(TABLE_NAME, msgspec.json.encode(self.table))
             self.relays.send(self.table)
             self._left.clear()
+        elif self.store.problem is not None:
+            self._remember()
         self._check_and_ask()
         self._arm(now)
         self._notify()
@@ -221,8 +256,7 @@ class Controller:
         service = self.service(one.service) if one is not None else None
         if one is None or service is None:
             return
-        if self.probes is not None:
-            self.probes.hurry(identity)
+        self.hurry(identity)
         if service.ejection.failures == 0:
             return
         now = time.monotonic()
@@ -267,9 +301,7 @@ class Controller:
         overrides, notes = expired(self.overrides, time.time())
         for note in notes:
             _LOG.info("%s", note)
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(overrides)
 
     def _observe(self, now: float) -> Observed:
         """What is known of those that are present, with all that follows from who came and who went."""
@@ -303,10 +335,7 @@ class Controller:
                         self._left_at.pop(one.identity, None)
                         leaving = self._leaving(one, service, now)
                         self.leaving[one.identity] = Leaving(service=service.name, pool=pool, endpoint=leaving)
-        overrides = retired(self.overrides, gone)
-        if overrides != self.overrides:
-            self.overrides = overrides
-            self.store.save(overrides)
+        self._hold(retired(self.overrides, gone))
 
     def _leaving(self, one: Endpoint, service: Service, now: float) -> Endpoint:
         seconds = self.departure_seconds.pop(one.identity, None)
@@ -337,9 +366,14 @@ class Controller:
         overrides, notes = settled(found, self.balancer, self.wall())
         for note in notes:
             _LOG.warning("%s", note)
-        if overrides != found:
-            self.store.save(overrides)
         return overrides
+
+    def _hold(self, overrides: Overrides) -> None:
+        """These hold from now on. Where the disk does not take them, the next table's `_remember` keeps them."""
+        if overrides == self.overrides:
+            return
+        self.overrides = msgspec.structs.replace(overrides, number=self.overrides.number + 1)
+        self.store.save(self.overrides)
 
     # --- what follows -----------------------------------------------------------------------------------------------
 
@@ -388,14 +422,14 @@ class Controller:
         """Who left is gone when nothing new can come to it any more, and nothing is left."""
         for identity in list(self.leaving):
             revision = self._left_at.setdefault(identity, self.table.revision)
-            if not self.relays.behind(revision) and self.connections(identity) == 0:
+            if not self.behind(revision) and self.connections(identity) == 0:
                 del self.leaving[identity], self._left_at[identity]
                 self._left.add(identity)
                 self.refresh()
 
     def _free_columns(self) -> None:
         """Only where every relay worker is known to have the table."""
-        if self.relays.behind(self.table.revision) or not self._has_all():
+        if self.behind(self.table.revision) or not self._has_all():
             return
         identities = frozenset(
             one.identity
@@ -423,6 +457,7 @@ class Controller:
             ejections=ejections,
             leaving=self.leaving,
             answers=self.answers,
+            unsaved=self.overrides if self.store.problem is not None else None,
         )
         self._written_at = memory.written_at
         self._write(MEMORY_NAME, msgspec.json.encode(memory))

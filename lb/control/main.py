@@ -11,6 +11,7 @@ import msgspec
 from handoff import AsyncWorker
 from lb.control.admin import Admin
 from lb.control.controller import Controller
+from lb.control.desired import DesiredWatch, near_of
 from lb.control.relays import Relays
 from lb.control.resolver import Resolver
 from lb.control.server import AdminServer
@@ -41,12 +42,17 @@ async def main(worker: AsyncWorker, resolver: Resolver | None = None) -> None:
     if arguments.shown != TYPED:
         controller.file = arguments.shown
     store_api = StoreApi(Path(arguments.state) / FILE_NAME)
-    server = AdminServer(Admin(controller, store_api), arguments.balancer, directory, worker.listeners)
+    admin = Admin(controller, store_api)
+    server = AdminServer(admin, arguments.balancer, directory, worker.listeners)
+    url = arguments.balancer.desired
+    watch = DesiredWatch(controller, admin.commands, url, near_of(arguments.shown)) if url is not None else None
     try:
         await relays.open()
         await server.open()
         async with asyncio.TaskGroup() as tasks:
             controller.start(tasks)
+            if watch is not None:
+                watch.start()
             if await worker.ready():
                 await worker.drained()
             store_api.end_watches()
@@ -55,6 +61,8 @@ async def main(worker: AsyncWorker, resolver: Resolver | None = None) -> None:
     except* _Ended:
         pass
     finally:
+        if watch is not None:
+            watch.close()
         controller.end()
         store_api.close()
         relays.close()

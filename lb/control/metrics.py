@@ -59,7 +59,7 @@ class Metrics(Collector):
         yield _one("table_revision", "Of the table that relay workers go by.", status.revision)
         yield _one("generation", "As handoff numbers them.", status.generation)
         yield _one("durable", "1: all changes are on the disk.", status.is_durable)
-        behind = len(self._controller.relays.behind(status.revision))
+        behind = len(self._controller.behind(status.revision))
         yield _one("relays_behind", "Relay workers that have not taken the latest table.", behind)
         relays = GaugeMetricFamily("handoff_lb_relays", "Relay workers that are connected.", labels=["state"])
         draining = sum(relay.is_draining for relay in status.relays)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -60,6 +61,8 @@ class Probes:
         self.counts: dict[str, dict[str, int]] = {}
         """How many of each outcome, by identity."""
         self.seconds: dict[str, float] = {}
+        self.passed_from: dict[str, float] = {}
+        """When the latest check began, if it passed; monotonic."""
 
     def ask_only(self, present: Mapping[str, Present], services: Mapping[str, Service], overrides: Overrides) -> None:
         """These backends, and no others."""
@@ -78,12 +81,12 @@ class Probes:
                 agents[identity] = Task(check=service.agent_check, address=address)
         self._checks.check_only(checks)
         self._agents.check_only(agents)
-        for kept in (self.counts, self.seconds):
+        for kept in (self.counts, self.seconds, self.passed_from):
             for identity in [identity for identity in kept if identity not in present]:
                 del kept[identity]
 
     def hurry(self, identity: str) -> None:
-        """Somebody could not connect to it."""
+        """Somebody could not connect to it, or wants to know how it is now."""
         self._checks.hurry(identity)
 
     def close(self) -> None:
@@ -121,6 +124,10 @@ class Probes:
         counts = self.counts.setdefault(identity, {})
         counts[result.outcome.value] = counts.get(result.outcome.value, 0) + 1
         self.seconds[identity] = result.seconds
+        if result.outcome is Outcome.PASSED:
+            self.passed_from[identity] = time.monotonic() - result.seconds
+        else:
+            self.passed_from.pop(identity, None)
         record = self._records.get(identity, Record())
         changed = record.checked.after(result.outcome, Thresholds(check.rise, check.fall))
         self._records[identity] = msgspec.structs.replace(record, checked=changed, last_check=result.reason)

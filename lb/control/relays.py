@@ -23,6 +23,7 @@ from lb.core.wire import (
     decode_from_relay,
     frame,
 )
+from lb.page import ROWS
 
 STALLED_SECONDS = 30.0
 """A relay worker that reads nothing for so long is cut off; it connects again when it can."""
@@ -56,6 +57,8 @@ class Relays:
         self._peers: set[RelayPeer] = set()
         self._processes: dict[int, int] = {}
         self._latest: tuple[int, bytes] | None = None
+        self.seen: dict[int, int] = {}
+        """Rows of the page, and the pids that said they were theirs."""
         self.watcher: Listener | None = None
 
     async def open(self) -> None:
@@ -112,6 +115,8 @@ class Relays:
             if not isinstance(message, Hello):
                 raise BadFrame(f"{type(message).__name__} before Hello")
             peer.hello = message
+            if 0 < message.row < ROWS:
+                self.seen[message.row] = peer.pid
             self._watch(peer.pid)
             if self._latest is not None:
                 peer.offer(self._latest[1])

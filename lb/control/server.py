@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import os
 import socket
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ from lb.control.admin import Admin, Door
 from lb.control.peers import Credentials, PrivateListener
 from lb.core.admin import SOCKET_NAME
 from lb.core.model import Balancer
+from lb.token_file import NEEDS_TOKEN, read_token
 
 LISTENER = "admin"
 MAXIMUM_CONNECTIONS = 256
 END_SECONDS = 1.0
 """For answers that are being given when we end."""
-_MAXIMUM_TOKEN_BYTES = 4096
 
 _LOG = logging.getLogger("handoff.lb")
 
@@ -117,29 +115,6 @@ def public_door(listener: socket.socket, configured: str, token: str | None) -> 
     else:
         is_loopback = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
     if not is_loopback and token is None:
-        raise HandoffError(
-            f"admin {configured}: can be reached from other machines; set admin_token_file in [balancer] to a file"
-            " with a token, or take a loopback address"
-        )
+        raise HandoffError(f"admin {configured}: {NEEDS_TOKEN}")
     host = configured.rpartition(":")[0].strip("[]")
     return Door(is_private=False, is_loopback=is_loopback, host=host, token=token)
-
-
-def read_token(file: str | None) -> str | None:
-    """Raises HandoffError."""
-    if file is None:
-        return None
-    try:
-        with open(file, "rb") as opened:
-            mode = os.fstat(opened.fileno()).st_mode
-            text = opened.read(_MAXIMUM_TOKEN_BYTES + 1)
-    except OSError as error:
-        raise HandoffError(f"admin_token_file {file}: cannot be read ({error.strerror})") from None
-    token = text.decode("latin-1").strip()
-    if not token or len(text) > _MAXIMUM_TOKEN_BYTES or not token.isascii() or not token.isprintable():
-        raise HandoffError(
-            f"admin_token_file {file}: holds no token; write one line of 1 to {_MAXIMUM_TOKEN_BYTES} characters"
-        )
-    if mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise HandoffError(f"admin_token_file {file}: can be read by everybody; chmod 600 it")
-    return token

@@ -48,6 +48,7 @@ def status_of(controller: Controller) -> Status:
         relays=relays,
         names=_names(controller),
         file=controller.file,
+        unheard_peers=controller.unheard_peers,
     )
 
 

@@ -24,7 +24,7 @@ class Store:
     """Owns the file. Few and small writes, by people: they are made in place, on the loop."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self._path = directory / OVERRIDES_NAME
         self._unsaved: Overrides | None = None
         self._problem: str | None = None
@@ -83,6 +83,6 @@ class Store:
         return True
 
     def _make_directory(self) -> None:
-        if not self._directory.is_dir():
-            self._directory.parent.mkdir(parents=True, exist_ok=True)
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+        if not self.directory.is_dir():
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, exist_ok=True)

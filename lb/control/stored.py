@@ -15,15 +15,18 @@ import msgspec
 
 from lb.control.files import boot_id, read_decoded, run_id
 from lb.core.compose import Leaving, Observed, Record, compose
+from lb.core.desired import Wanted, taken
 from lb.core.ejection import EjectionRecord
 from lb.core.model import Balancer
 from lb.core.naming import Answer
-from lb.core.overrides import VERSION, Overrides, expired, settled
+from lb.core.overrides import VERSION, Overrides, expired, later, settled
 from lb.core.table import Table
 from lb.core.wire import TABLE_NAME
 
 OVERRIDES_NAME = "overrides.json"
 MEMORY_NAME = "observed.json"
+DESIRED_NAME = "desired.json"
+"""What rollouts wanted when the balancer was last started, or reloaded."""
 FRESH_SECONDS = 300.0
 """What was observed longer ago, and not confirmed since, is of an earlier run: it counts for nothing."""
 BEAT_SECONDS = 10.0
@@ -53,6 +56,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     leaving: dict[str, Leaving]
     answers: dict[str, Answer] = {}
     """What names stand for."""
+    unsaved: Overrides | None = None
+    """Overrides that hold, and could not be made durable."""
 
     def observed(self, now: float) -> Observed:
         out = {
@@ -72,6 +77,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 _MEMORY = msgspec.json.Decoder(Memory)
 _OVERRIDES = msgspec.json.Decoder(Overrides)
 _TABLE = msgspec.json.Decoder(Table)
+_WANTED = msgspec.json.Decoder(list[Wanted])
 
 
 def initial_table(balancer: Balancer, generation: int, runtime_directory: Path, state_directory: Path) -> Table:
@@ -86,11 +92,22 @@ def initial_table(balancer: Balancer, generation: int, runtime_directory: Path, 
             return last
         balancer = memory.applied or balancer
     now, wall = time.monotonic(), time.time()
-    overrides, _ = settled(expired(read_overrides(state_directory), wall)[0], balancer, wall)
+    saved = later(read_overrides(state_directory), memory.unsaved if memory is not None else None)
+    found = at_start(saved, balancer, memory, state_directory, wall)
+    overrides, _ = settled(expired(found, wall)[0], balancer, wall)
     observed = memory.observed(now) if memory is not None else Observed()
     return compose(
         balancer, overrides, observed, generation=generation, revision=0, wall_offset=offset_of(memory, wall - now)
     )
+
+
+def at_start(
+    overrides: Overrides, balancer: Balancer, memory: Memory | None, state_directory: Path, now: float
+) -> Overrides:
+    """Who was not there takes what was decided meanwhile. Who was has been told, or is about to be."""
+    if balancer.desired is None or (memory is not None and memory.run == run_id()):
+        return overrides
+    return taken(overrides, balancer, read_decoded(state_directory / DESIRED_NAME, _WANTED.decode) or (), now)
 
 
 def fingerprint(balancer: Balancer) -> str:

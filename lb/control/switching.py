@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
+from lb.control.confirming import confirm
 from lb.control.controller import Controller
 from lb.core.admin import Answer, Prepare, Rollback, Switch
+from lb.core.compose import Present
+from lb.core.desired import shares_with
 from lb.core.lookup import REFUSED, TIMED_OUT, USAGE, Refusal, check_pool, find_service
 from lb.core.model import Service
 from lb.core.overrides import Shares, revision_of, shares_of, with_shares
@@ -41,7 +46,12 @@ async def prepare(controller: Controller, request: Prepare) -> Answer:
     """Raises Refusal as a switch would."""
     check_pool(find_service(controller.balancer, request.service), request.pool)
     _check_revision(controller, find_service(controller.balancer, request.service), request.revision)
-    await _wait_healthy(controller, request.service, request.pool, request.wait_seconds)
+    deadline = time.monotonic() + request.wait_seconds
+    if request.is_afresh:
+        missing = await confirm(controller, lambda one: _is_wanted(one, request), request.wait_seconds)
+        if missing:
+            raise Refusal(REFUSED, f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; nothing changed")
+    await _wait_healthy(controller, request.service, request.pool, deadline - time.monotonic())
     service = find_service(controller.balancer, request.service)
     check_pool(service, request.pool)
     _check_revision(controller, service, request.revision)
@@ -50,6 +60,11 @@ async def prepare(controller: Controller, request: Prepare) -> Answer:
     return Answer(
         exit_code=0, message=f"{service.name}/{request.pool} is healthy at revision {revision}", revision=revision
     )
+
+
+def _is_wanted(one: Present, request: Prepare) -> bool:
+    is_member = (one.service, one.pool) == (request.service, request.pool)
+    return is_member and one.standing.administrative is Administrative.READY
 
 
 async def rollback(controller: Controller, request: Rollback) -> Answer:
@@ -79,7 +94,7 @@ async def published(controller: Controller, revision: int, done: str) -> Answer:
     """Done, once every relay worker goes by this table."""
     if await controller.all_taken(revision, TAKEN_SECONDS):
         return Answer(exit_code=0, message=done)
-    pids = ", ".join(str(peer.pid) for peer in controller.relays.behind(revision)) or "some"
+    pids = ", ".join(map(str, controller.behind(revision))) or "some"
     problem = f"{done}, but not everywhere after {TAKEN_SECONDS:g} s: relay workers {pids} have not taken it"
     return Answer(exit_code=TIMED_OUT, message=problem)
 
@@ -145,13 +160,9 @@ def _is_any_eligible(controller: Controller, service: Service, pool: str) -> boo
 
 
 def _shares(service: Service, present: dict[str, int], pool: str, percent: int) -> dict[str, int]:
-    if percent == 100:
-        return {pool: 100}
-    others = {name: share for name, share in present.items() if name != pool}
-    if not others:
+    if percent < 100 and not {name for name in present if name != pool}:
         raise Refusal(REFUSED, f"{service.name}: {pool} has all new connections already; switch to the other pool")
-    former = max(others, key=lambda name: others[name])
-    return {pool: percent, former: 100 - percent}
+    return shares_with(service, present, pool, percent)
 
 
 def _closing(

@@ -17,6 +17,8 @@ import msgspec
 from lb.core.model import HelloRoute
 
 SOCKET_NAME = "admin.sock"
+OVERRIDES_PATH = "/v1/overrides"
+"""What people have changed, as `lb.core.overrides` has it: for a balancer that starts beside this one."""
 STORE_PATH = "/v1/store"
 """Takes what `lb.rollout.stores.remote` says, a write whatever it is; answered with 200, errors too."""
 MAXIMUM_REQUEST_BYTES = 4 * 1024 * 1024
@@ -49,6 +51,17 @@ class Ready(_Request, frozen=True, tag="ready"):
     server: str
     wait_seconds: float | None = None
     """Answer when it gets connections, that is, when it is up as well."""
+    is_afresh: bool = False
+    """Nothing is changed before it has passed a check that began after this; exit code 4 if it has not by then."""
+
+
+class Verify(_Request, frozen=True, tag="verify"):
+    """Whether this backend passes a check that begins after this. Changes nothing. One that somebody has put out is not
+    judged."""
+
+    server: str
+    wait_seconds: float = 0.0
+    """Exit code 4 if it has not by then."""
 
 
 class Maint(_Request, frozen=True, tag="maint"):
@@ -111,6 +124,8 @@ class Prepare(_Request, frozen=True, tag="prepare"):
     """Refused (9) where the service's revision is another one."""
     wait_seconds: float = 0.0
     """For the pool to be healthy; refused (9) if it is not by then."""
+    is_afresh: bool = False
+    """Only checks that begin after this count."""
 
 
 class Rollback(_Request, frozen=True, tag="rollback"):
@@ -128,7 +143,7 @@ class Apply(_Request, frozen=True, tag="apply"):
     """The file as it is called in messages."""
 
 
-Request: TypeAlias = Drain | Ready | Maint | Weight | Add | Remove | Prepare | Switch | Rollback | Apply
+Request: TypeAlias = Drain | Ready | Maint | Weight | Add | Remove | Verify | Prepare | Switch | Rollback | Apply
 
 
 class Exchange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -240,3 +255,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """By the address as it is configured."""
     file: str | None = None
     """What it runs, absolute; None: what was typed."""
+    unheard_peers: tuple[str, ...] = ()
+    """They have not answered since this balancer started; they may know newer revisions."""

@@ -69,7 +69,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """None: none. `first_byte`: of the backend's answer; `idle`: nothing either way; `queue`: for a free place;
-    `client_hello`: for a client to say what it asks for, where that matters.
+    `client_hello`: for a client to say what it asks for, where that matters; `silent`: for a sign of life of TCP.
 
     `tunnel`: in place of `idle` once both sides have sent something. `drain`: for the connections of a backend that
     is drained; then they are closed, spread over `spread`.
@@ -84,6 +84,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float | None = None
     spread_seconds: float = 5.0
     client_hello_seconds: float = 5.0
+    silent_seconds: float | None = 900.0
 
 
 class Ejection(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +172,10 @@ class Balancer(msgspec.Struct, frozen=True, kw_only=True):
     """Backends that are called by a name: so often the name is looked up."""
     resolve_family: Family = "ipv4"
     """Addresses of the other family count only where a name has none of this one."""
+    peers: tuple[str, ...] = ()
+    """Balancers of the same services, as deploy.toml names them: one that starts takes newer revisions from them."""
+    desired: str | None = None
+    """The etcd that rollouts say in where connections are to go."""
     services: tuple[Service, ...]
     typed: tuple[str, ...] = ()
     """Fields of this table that the command line said, which win over the file's as long as the service runs."""

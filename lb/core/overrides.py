@@ -74,6 +74,8 @@ class ServiceOverride(msgspec.Struct, frozen=True, kw_only=True):
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
+    number: int = 0
+    """Grows with each change: of two, the higher one counts."""
     states: dict[str, StateChange] = {}
     weights: dict[str, WeightChange] = {}
     added: dict[str, Added] = {}
@@ -83,6 +85,13 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     """Of `SERVICE/POOL/NAME@ADDRESS` that were removed: the number that the next one gets."""
     fences: dict[str, int] = {}
     """The highest token that was shown, by the name of the lock."""
+    desired: dict[str, tuple[int, int]] = {}
+    """By service: token and version of what was taken last of what rollouts want (see lb.core.desired)."""
+
+
+def later(one: Overrides, other: Overrides | None) -> Overrides:
+    """The first, unless the other one is of a later change."""
+    return other if other is not None and other.number > one.number else one
 
 
 def fenced(overrides: Overrides, fence: str, token: int) -> Overrides | None:

@@ -6,7 +6,17 @@ import msgspec
 
 from lb.core.model import Balancer, Service
 
-_OF_PROCESSES = ("name", "relays", "admin", "admin_token_file", "state", "freebind", "access_log", "unready_seconds")
+_OF_PROCESSES = (
+    "name",
+    "relays",
+    "admin",
+    "admin_token_file",
+    "state",
+    "freebind",
+    "access_log",
+    "unready_seconds",
+    "desired",
+)
 
 
 def taken_in_place(present: Balancer, wanted: Balancer) -> tuple[Balancer, tuple[str, ...]]:

@@ -30,6 +30,8 @@ class Acceptor:
 
     def open(self) -> None:
         self._is_open = True
+        # Urgent bytes stay where they are among the others (tcp(7)); what is accepted inherits that.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._loop.watch(self._listener.fileno(), READ, self._event)
 
     def close(self) -> None:

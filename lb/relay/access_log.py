@@ -7,14 +7,15 @@ ClientHello, Q the queue, C connecting, D data, `-` after the end.
 
 from __future__ import annotations
 
-import os
 import time
+from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from handoff.core.proxy_protocol import Address
+from handoff.output import WHOLE_BYTES, Output
 from lb.core.client_hello import ClientHello, NotTLS
 from lb.relay.attempt import Attempt
 from lb.relay.relay import Closed
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 FLUSH_BYTES = 64 * 1024
 MAXIMUM_BYTES = 1024 * 1024
-"""What cannot be written now waits, up to so much; then lines are dropped, and counted."""
+"""What has no room in the output now waits, up to so much; then lines are dropped, and counted."""
 MAXIMUM_PROTOCOLS = 8
 """Of a client's ALPN in a line, so many characters of each."""
 MAXIMUM_CHARACTERS = 32
@@ -49,12 +50,14 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AccessLog:
-    """Writes to a borrowed fd, standard output as a rule, at the end of a turn and never within it."""
+    """Writes to a borrowed fd, standard output as a rule, at the end of a turn; its reader may stand still for as long
+    as it likes. Lines go out whole, whoever else writes there."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._output = Output(fd)
         self._encoder = msgspec.json.Encoder()
-        self._lines: list[bytes] = []
+        self._chunks: deque[bytearray] = deque()
+        """Whole lines, as many as may be written at once."""
         self._size = 0
         self.dropped = 0
 
@@ -74,18 +77,12 @@ class AccessLog:
         self._write(context.source, service, context.hello, backend, code, closed.cause, seconds, sizes)
 
     def flush(self) -> None:
-        if not self._lines:
-            return
-        text = b"".join(self._lines)
-        self._lines.clear()
-        self._size = 0
-        try:
-            written = os.write(self._fd, text)
-        except OSError:  # BlockingIOError, or nobody reads any more
-            written = 0
-        if written < len(text):
-            self._lines.append(text[written:])
-            self._size = len(text) - written
+        while self._chunks and self._output.write(self._chunks[0]):
+            self._size -= len(self._chunks.popleft())
+
+    def close(self) -> None:
+        self.flush()
+        self._output.close()
 
     def _write(
         self,
@@ -115,7 +112,10 @@ class AccessLog:
             received_bytes=sizes[1],
         )
         encoded = self._encoder.encode(line) + b"\n"
-        self._lines.append(encoded)
+        if self._chunks and len(self._chunks[-1]) + len(encoded) <= WHOLE_BYTES:
+            self._chunks[-1] += encoded
+        else:
+            self._chunks.append(bytearray(encoded))
         self._size += len(encoded)
         if self._size > FLUSH_BYTES:
             self.flush()

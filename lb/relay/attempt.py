@@ -11,7 +11,7 @@ import enum
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -36,8 +36,9 @@ from lb.core.client_hello import (
 )
 from lb.core.client_hello import Incomplete as IncompleteHello
 from lb.page import CONNECT_NANOSECONDS, FAILED, TOTAL
+from lb.relay import connecting
 from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
-from lb.relay.loop import LEAVING, READ, WRITE, Loop
+from lb.relay.loop import ERROR, LEAVING, READ, WRITE, Loop
 from lb.relay.relay import reset_at_close
 from lb.relay.targets import Target
 
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 HEADER_SECONDS = 5.0
 LOOK_SECONDS = 0.02
 """A connection that takes longer to make is worth a look at whether the client is still there."""
-_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-_PENDING = errno.EINPROGRESS
 _OURS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN))
 """No fault of the backend: fds, memory or ports of ours; EAGAIN: a unix socket whose queue is full just now."""
 
@@ -63,15 +62,6 @@ class Phase(enum.Enum):
 
 
 _QUEUE, _CONNECT = Phase.QUEUE, Phase.CONNECT  # an attribute of an enum is slow to find
-
-
-class Given(NamedTuple):
-    """What the relay gets: the server's socket, and the bytes that go first; so many of them are the client's."""
-
-    target: Target
-    server: socket.socket
-    first: bytes
-    taken: int
 
 
 class AttemptState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -142,6 +132,11 @@ class Attempt:
             self._watch_client(READ)
         else:
             self._begin_connecting()
+
+    def begin_with(self, target: Target, server: socket.socket | None, failure: int) -> None:
+        """In place of `begin`, where the engine has begun to connect. Takes ownership of the socket and the place."""
+        if not self._has_begun(target, server, failure):
+            self._connect_somewhere()
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
@@ -329,24 +324,15 @@ class Attempt:
 
     def _connect(self, target: Target) -> bool:
         """False: it failed at once, and another one may be tried. The target's place is ours."""
-        self.phase, self._target = _CONNECT, target
+        return self._has_begun(target, *connecting.begin(target, self._dispatcher.route.timeouts.silent_seconds))
+
+    def _has_begun(self, target: Target, server: socket.socket | None, failure: int) -> bool:
+        """As `_connect`, with what `connecting.begin` has made of it."""
+        self.phase, self._target, self._server = _CONNECT, target, server
         self._began_connecting = self._loop.now
-        assert target.address is not None
-        family, address = target.address
-        try:
-            self._server = server = socket.SocketType(family, _STREAM)  # type: ignore[assignment]  # as in Acceptor
-            if family != socket.AF_UNIX:
-                server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            failure = server.connect_ex(address)
-            if failure == _PENDING and target.is_local:  # it is done by now, and nobody has said so: ask
-                failure = server.connect_ex(address)
-                if failure == errno.EALREADY:
-                    failure = _PENDING
-        except OSError as error:
-            failure = error.errno or errno.EIO
-        if failure == _PENDING:
-            assert self._server is not None
-            self._loop.watch(self._server.fileno(), WRITE, self._server_event)
+        if failure == connecting.PENDING:
+            assert server is not None
+            self._loop.watch(server.fileno(), WRITE, self._server_event)
             self._set_deadline(self._dispatcher.route.timeouts.connect_seconds, look_after=LOOK_SECONDS)
             return True
         if failure == 0:
@@ -393,7 +379,7 @@ class Attempt:
             target.latency.observe(self._loop.now - self._began_connecting, self._loop.now)
         target.cells[CONNECT_NANOSECONDS] += int((self._loop.now - self._began_connecting) * 1e9)
         first = self._proxy_header() + self._first
-        self._engine.connected(self, Given(target, server, first, len(self._first)), self._dispatcher)
+        self._engine.connected(self, target, server, first, len(self._first))
 
     def _proxy_header(self) -> bytes:
         version = self._dispatcher.route.send_proxy
@@ -439,7 +425,7 @@ class Attempt:
             self._is_watched = bool(mask)
             self._loop.watch(self.client.fileno(), mask, self._client_event)
 
-    def _client_event(self, _mask: int) -> None:
+    def _client_event(self, mask: int) -> None:
         if self.is_over:
             return
         if self.phase is Phase.HEADER:
@@ -449,12 +435,12 @@ class Attempt:
             self._hello_event()
             return
         try:  # it has sent a FIN, or a reset; a FIN may be half of a conversation: then it has said something before
-            has_said = bool(self._first or self.client.recv(1, socket.MSG_PEEK))
+            is_there = not mask & ERROR and bool(self._first or self.client.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return
         except OSError:
-            has_said = False
-        if not has_said:
+            is_there = False
+        if not is_there:
             self.end("client", "left")
 
     def end(self, side: str, reason: str, is_late: bool = False) -> None:

@@ -58,6 +58,7 @@ class Dispatcher:
         self.route = route
         self._pools = {name: [self._targets.get(one) for one in pool] for name, pool in route.pools.items()}
         self._usable = {name: _usable(pool) for name, pool in self._pools.items()}
+        self._only_pool = next(iter(route.shares)) if len(route.shares) == 1 else None
         self._needs_counts = route.algorithm in NEED_COUNTS
         self._is_maglev = route.algorithm == "maglev"
         self.measures = route.algorithm == "ewma"
@@ -80,7 +81,11 @@ class Dispatcher:
         self, source: str, tried: Collection[Target], now: float, hello: ClientHello | NotTLS | None = None
     ) -> Target | None:
         """A backend with a place taken at it, which must be given back; None: wait in the queue. Raises Nobody."""
-        pool = self._pool() if hello is None else self._routed(hello) or self._pool()
+        pool = self._only_pool
+        if hello is not None:
+            pool = self._routed(hello) or pool
+        if pool is None:
+            pool = self._drawn_pool()
         usable = self._usable[pool]
         if tried:
             usable = [one for one in usable if one not in tried] or _backups(self._pools[pool], tried)
@@ -151,10 +156,8 @@ class Dispatcher:
             return endpoint.weight
         return endpoint.weight * max(0.1, (now - endpoint.up_since) / seconds)
 
-    def _pool(self) -> str:
+    def _drawn_pool(self) -> str:
         shares = self.route.shares
-        if len(shares) == 1:
-            return next(iter(shares))
         at = self._random.random() * 100
         for name, share in shares.items():
             at -= share

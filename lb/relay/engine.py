@@ -8,17 +8,20 @@ import random
 import socket
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from handoff.core.proxy_protocol import Address
 from handoff.worker.proxied import Rules
 from lb.core.choice import plain_address
 from lb.core.client_hello import ClientHello
 from lb.core.table import Endpoint, Route, Table
-from lb.page import CURRENT, RECEIVED_BYTES, RESET, SENT_BYTES, Page
+from lb.page import CURRENT, RECEIVED_BYTES, RESET, SENT_BYTES, TOTAL, Page
+from lb.relay import connecting
 from lb.relay.access_log import logged
-from lb.relay.attempt import Attempt, Given
-from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher
+from lb.relay.attempt import Attempt
+from lb.relay.dispatcher import RETRY_SECONDS, Dispatcher, Nobody
 from lb.relay.letters import AttemptLetter, RelayLetter
 from lb.relay.loop import Loop
 from lb.relay.relay import Closed, Limits, Relay, reset_at_close
@@ -46,7 +49,7 @@ class AccessLog(Protocol):
 class Service:
     """What the engine keeps for one service."""
 
-    __slots__ = ("dispatcher", "limits", "name", "rules")
+    __slots__ = ("dispatcher", "is_plain", "limits", "name", "rules")
 
     def __init__(self, name: str, dispatcher: Dispatcher) -> None:
         self.name = name
@@ -59,9 +62,12 @@ class Service:
             timeouts.idle_seconds, timeouts.fin_seconds, timeouts.first_byte_seconds, timeouts.tunnel_seconds
         )
         self.rules = None if route.accept_proxy == "off" else Rules(route.accept_proxy, route.proxy_from)
+        reads_first = self.rules is not None or self.dispatcher.reads_hello
+        self.is_plain = not reads_first and route.per_source is None and route.send_proxy == "off"
+        """A client is connected to a backend, and nothing else is to be done."""
 
 
-class Context(NamedTuple):
+class Context(msgspec.Struct, frozen=True):
     """What is known of a relay, for its end."""
 
     service: Service
@@ -106,6 +112,9 @@ class Engine:
             else:
                 service.dispatcher.take(route)
                 service.take(route)
+        for name in self._services.keys() - table.routes.keys():  # who waits for one that is gone is served as before
+            dispatcher = self._services[name].dispatcher
+            dispatcher.take(dispatcher.route)
         for attempt in list(self._attempts):
             attempt.table_changed()
         for target in self._targets:
@@ -128,44 +137,63 @@ class Engine:
             reset_at_close(client)
             self._loop.close(client)
             return
-        dispatcher = service.dispatcher
-        attempt = Attempt(client, peer, dispatcher, self, self._loop)
+        if service.is_plain and self._has_target(service, client, peer):
+            return
+        attempt = Attempt(client, peer, service.dispatcher, self, self._loop)
         self._attempts.add(attempt)
         rules = service.rules
         if rules is None:
             attempt.begin(reads_header=False)
-        elif rules.trusts(client):
+        elif rules.trusts_peer(peer):
             attempt.begin(reads_header=True)
         elif rules.is_required:
             attempt.end("proxy", "its PROXY header is not trusted")
         else:
             attempt.begin(reads_header=False)
 
-    def connected(self, attempt: Attempt, given: Given, dispatcher: Dispatcher) -> None:
-        """From an attempt: it has a backend."""
+    def _has_target(self, service: Service, client: socket.socket, peer: object) -> bool:
+        """Where the connection to a backend is made at once there is never an attempt, which would cost as much as all
+        the rest. False: nothing has begun."""
+        loop, dispatcher = self._loop, service.dispatcher
+        is_inet = isinstance(peer, tuple)
+        try:
+            target = dispatcher.choose(peer[0] if is_inet else "", (), loop.now)  # type: ignore[index]
+        except Nobody:
+            return False
+        if target is None:
+            return False
+        server, failure = connecting.begin(target, dispatcher.route.timeouts.silent_seconds)
+        if failure or server is None:
+            attempt = Attempt(client, peer, dispatcher, self, loop)
+            self._attempts.add(attempt)
+            attempt.begin_with(target, server, failure)
+            return True
+        target.cells[TOTAL] += 1
+        if dispatcher.measures:
+            target.latency.observe(0.0, loop.now)
+        source = (peer[0], peer[1]) if is_inet and self._access_log is not None else None  # type: ignore[index]
+        context = Context(service, target, None, source, loop.now)
+        self._relay(client, server, context)
+        return True
+
+    def connected(self, attempt: Attempt, target: Target, server: socket.socket, first: bytes, taken: int) -> None:
+        """From an attempt: it has a backend. `first`: what the backend gets first; so much of it is the client's."""
         self._attempts.discard(attempt)
-        target = given.target
+        source = hello = None
+        if self._access_log is not None:
+            source, hello = attempt.source, None if attempt.hello is None else logged(attempt.hello)
+        service = self._services[attempt.service]
+        context = Context(service, target, attempt.counted_as, source, attempt.began_at, hello)
+        self._relay(attempt.client, server, context, first, taken)
+
+    def _relay(
+        self, client: socket.socket, server: socket.socket, context: Context, first: bytes = b"", taken: int = 0
+    ) -> None:
+        target = context.target
         if target.has_failed:
             target.has_failed = False
             self._listening.recovered(target.endpoint.identity)
-        service = self._services[dispatcher.route.service]
-        relay = Relay(
-            attempt.client,
-            given.server,
-            self._loop,
-            service.limits,
-            self._relayed,
-            given.first,
-            given.taken,
-            Context(
-                service,
-                target,
-                attempt.counted_as,
-                attempt.source if self._access_log is not None else None,
-                attempt.began_at,
-                None if attempt.hello is None or self._access_log is None else logged(attempt.hello),
-            ),
-        )
+        relay = Relay(client, server, self._loop, context.service.limits, self._relayed, first, taken, context)
         self.connections += 1
         target.relays.add(relay)
 
@@ -219,7 +247,7 @@ class Engine:
             name=endpoint.name,
             address=endpoint.address,
             state=state,
-            limits=context.service.limits,
+            limits=context.service.limits.all_seconds,
             counted_as=context.counted_as,
             source=context.source,
             sni=None if context.hello is None else context.hello.sni,
@@ -248,17 +276,18 @@ class Engine:
         self._targets.drop_unused()
 
     def adopt(self, letter: RelayLetter, client: socket.socket, server: socket.socket, pipes: Sequence[int]) -> None:
-        """A relay of another process. Takes ownership; it is let in whatever the limits are."""
+        """A relay of another process. Takes ownership; it is let in whatever the limits are. Raises HandoffError,
+        OSError, and owns nothing then."""
         service = self._services.get(letter.service) or self._without_route(letter)
         target = self._targets.adopt(Endpoint(identity=letter.identity, name=letter.name, address=letter.address))
-        target.cells[CURRENT] += 1
-        if letter.counted_as is not None:
-            service.dispatcher.sources[letter.counted_as] += 1
         source = letter.source if self._access_log is not None else None
         hello = ClientHello(letter.sni, letter.alpn) if self._access_log is not None else None
         context = Context(service, target, letter.counted_as, source, letter.state.began_at, hello)
         moved = letter.state, pipes
         relay = Relay(client, server, self._loop, service.limits, self._relayed, context=context, moved=moved)
+        target.cells[CURRENT] += 1
+        if letter.counted_as is not None:
+            service.dispatcher.sources[letter.counted_as] += 1
         self.connections += 1
         target.relays.add(relay)
 

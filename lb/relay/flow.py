@@ -112,7 +112,9 @@ class Flow:
     def pump(self) -> Result:
         """The source can be read, and nothing is pending."""
         if self._pipe is not None:
-            return self._splice(*self._pipe)
+            result = self._splice(*self._pipe)
+            if result is not None:
+                return result
         try:
             data = self._source.recv(CHUNK_BYTES)
         except BlockingIOError:
@@ -131,7 +133,7 @@ class Flow:
             return Result.SINK_GONE
         if size == CHUNK_BYTES:
             self._full_chunks += 1
-            if self._full_chunks == BULK_CHUNKS:
+            if self._full_chunks == BULK_CHUNKS and self._pipe is None:
                 self._pipe = _pipe()
         elif self._full_chunks:
             self._full_chunks -= 1
@@ -169,17 +171,19 @@ class Flow:
         self._pending = None
         self.has_pending = False
 
-    def _splice(self, reader: int, writer: int) -> Result:
+    def _splice(self, reader: int, writer: int) -> Result | None:
+        """None: it takes nothing, and recv is to say why. Of a socket that can be read, splice(2) takes nothing where
+        its next byte is urgent (tcp(7)), and calls that an end when a FIN has come as well."""
         source, sink = self._source.fileno(), self._sink.fileno()
-        for _ in range(SPLICES_PER_TURN):
+        for turn in range(SPLICES_PER_TURN):
             try:
                 taken = os.splice(source, writer, PIPE_BYTES, flags=_SPLICE_FLAGS)
             except BlockingIOError:
-                return _OPEN
+                return _OPEN if turn else None
             except OSError:
                 return Result.RESET
             if taken == 0:
-                return _ENDED
+                return None
             self.total += taken
             self._piped, self.has_pending = taken, True
             try:

@@ -16,6 +16,10 @@ from lb.relay.timers import Timers
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 LEAVING = select.EPOLLRDHUP | select.EPOLLET
 """The other side has ended, or was reset. Told once."""
+ERROR = select.EPOLLERR
+"""It was reset, or cannot be reached any more. Told whatever is asked for."""
+FAILING = select.EPOLLET
+"""Nothing but that, and once."""
 READABLE, WRITABLE = ~WRITE, ~READ
 """Masks of what is worth an attempt: errors and hang-ups are for reading and writing to find out."""
 EVENTS_PER_TURN = 512

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Collection, Iterator
 
 from handoff import Worker
+from handoff.errors import HandoffError
 from lb.relay.attempt import Attempt
 from lb.relay.engine import Engine
 from lb.relay.letters import AttemptLetter, BadLetter, RelayLetter, decode, encode, plain_socket
@@ -115,24 +117,26 @@ class Moving:
         for fds, data in self._worker.adopted_fds():
             try:
                 self._adopt(fds, data)
-            except (BadLetter, OSError) as error:
+            except (BadLetter, HandoffError, OSError) as error:
                 _LOG.warning("a connection could not be taken over: %s", error)
                 for fd in fds:
                     os.close(fd)
 
     def _adopt(self, fds: list[int], data: bytes) -> None:
-        """Takes the fds out of the list that it takes ownership of. Raises BadLetter, OSError."""
+        """Takes ownership of the fds, unless it raises BadLetter, HandoffError (an address that is none) or OSError."""
         letter = decode(data, len(fds))
-        client = plain_socket(fds[0])
         if isinstance(letter, AttemptLetter):
+            client = plain_socket(fds[0])
             fds.clear()
             self._engine.adopt_attempt(letter, client)
             return
+        sockets: list[socket.socket] = []
         try:
-            server = plain_socket(fds[1])
-        except OSError:
-            del fds[0]
-            client.close()
+            for fd in fds[:2]:
+                sockets.append(plain_socket(fd))
+            client, server = sockets
+            self._engine.adopt(letter, client, server, fds[2:])
+        except BaseException:
+            for one in sockets:
+                one.detach()
             raise
-        pipes, fds[:] = fds[2:], []
-        self._engine.adopt(letter, client, server, pipes)

@@ -13,12 +13,13 @@ import socket
 import struct
 import termios
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from lb.relay.flow import Flow, FlowState, Result
-from lb.relay.loop import READ, READABLE, WRITABLE, WRITE, Loop
+from lb.relay.loop import ERROR, FAILING, READ, READABLE, WRITABLE, WRITE, Loop
+from lb.relay.timers import PATIENT_SECONDS
 
 RESET_SECONDS = 2.0
 """How long a side may take to acknowledge what came before the reset that it is to see."""
@@ -26,19 +27,33 @@ LOOK_SECONDS = 0.02
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # struct linger: socket(7)
 
 
-class Limits(NamedTuple):
-    """Seconds; None: none. `idle`: nothing either way; `fin`: one side has ended, and the other goes on alone.
+class Limits:
+    """Seconds; None: none. `idle`: nothing either way; `fin`: the same once one side has ended, or is gone.
 
     `first_byte`: of the server's, from the beginning. `tunnel`: in place of `idle` when both sides have said something.
     """
 
-    idle_seconds: float | None = 3600.0
-    fin_seconds: float | None = 60.0
-    first_byte_seconds: float | None = None
-    tunnel_seconds: float | None = None
+    __slots__ = ("fin_seconds", "first_byte_seconds", "idle_seconds", "is_patient", "tunnel_seconds")
+
+    def __init__(
+        self,
+        idle_seconds: float | None = 3600.0,
+        fin_seconds: float | None = 60.0,
+        first_byte_seconds: float | None = None,
+        tunnel_seconds: float | None = None,
+    ) -> None:
+        self.idle_seconds, self.fin_seconds = idle_seconds, fin_seconds
+        self.first_byte_seconds, self.tunnel_seconds = first_byte_seconds, tunnel_seconds
+        self.is_patient = all(one is None or one >= PATIENT_SECONDS for one in self.all_seconds)
+        """None is reached so soon that a new relay must be looked at at once."""
+
+    @property
+    def all_seconds(self) -> tuple[float | None, float | None, float | None, float | None]:
+        """As the constructor takes them."""
+        return self.idle_seconds, self.fin_seconds, self.first_byte_seconds, self.tunnel_seconds
 
 
-class Closed(NamedTuple):
+class Closed(msgspec.Struct, frozen=True, gc=False):
     """How it ended: `cause` is "end", "idle", "fin", "first byte", "closed" by us, or "reset".
 
     `side`: whose doing that was, "client", "server" or "" for ours; bytes from the client, and to it.
@@ -104,9 +119,16 @@ class Relay:
             self._up.total = taken
         if moved is not None:
             self._go_on(*moved)
-        if self._resetting is None:
+        if moved is None and not first:  # as most are
+            self._client_mask = self._server_mask = READ
+            loop.watch(client.fileno(), READ, self.client_event)
+            loop.watch(server.fileno(), READ, self.server_event)
+        elif self._resetting is None:
             self._watch()
-        loop.timers.arm(self)
+        if limits.is_patient and moved is None:
+            loop.timers.arm_later(self)
+        else:
+            loop.timers.arm(self)
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
@@ -155,6 +177,8 @@ class Relay:
             result = up.pump()
             if result is not _OPEN:
                 self._act(up, result)
+        elif mask & ERROR and not self._is_closed and self._resetting is None:
+            self._act(self._down, _SINK_GONE)  # it was reset while nothing is read of it
 
     def server_event(self, mask: int) -> None:
         down = self._down
@@ -165,6 +189,8 @@ class Relay:
             result = down.pump()
             if result is not _OPEN:
                 self._act(down, result)
+        elif mask & ERROR and not self._is_closed and self._resetting is None:
+            self._act(self._up, _SINK_GONE)  # it was reset while nothing is read of it
 
     def _act(self, flow: Flow, result: Result) -> None:
         if result is _ENDED and not self._is_gone:
@@ -187,6 +213,8 @@ class Relay:
         other = self._down if flow is self._up else self._up
         if not other.is_read:
             self._reset(self._client if flow is self._up else self._server)
+        else:
+            self._loop.timers.arm(self)
 
     def _reset(self, sock: socket.socket) -> None:
         """This side is to see the reset that the other one sent; what came before it goes first."""
@@ -205,28 +233,35 @@ class Relay:
         if now < self._ending_at and _unacknowledged_bytes(sock):
             self._look_at = now + LOOK_SECONDS
             return False
-        is_client = sock is self._client
-        self._close("reset", "server" if is_client else "client", reset_client=is_client, reset_server=not is_client)
+        self._pass_on_reset(is_client=sock is self._client)
         return True
+
+    def _pass_on_reset(self, is_client: bool) -> None:
+        self._close("reset", "server" if is_client else "client", reset_client=is_client, reset_server=not is_client)
 
     def _shut(self, flow: Flow) -> None:
         """All is delivered and no more comes: FIN."""
         flow.is_written = False
-        if not self._up.is_written and not self._down.is_written:
-            self._close("end", "server" if flow is self._down else "client")
+        is_up = flow is self._up
+        if not (self._down if is_up else self._up).is_written:
+            self._close("end", "client" if is_up else "server")
             return
-        with contextlib.suppress(OSError):  # it was reset meanwhile; its own flow will tell
-            (self._server if flow is self._up else self._client).shutdown(socket.SHUT_WR)
-        self._shut_at = self._loop.now
-        self._loop.timers.arm(self)
+        try:  # noqa: SIM105  # suppress costs a microsecond, for each connection
+            (self._server if is_up else self._client).shutdown(_SHUT_WR)
+        except OSError:  # it was reset meanwhile; its own flow will tell
+            pass
+        self._shut_at = now = self._loop.now
+        seconds = self._limits.fin_seconds
+        if seconds is not None:
+            self._loop.timers.arm_at(self, now + seconds)
 
     # --- interest ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         up, down = self._up, self._down
         self._watch_for(
-            (READ if up.is_read and not up.has_pending else 0) | (WRITE if down.has_pending else 0),
-            (READ if down.is_read and not down.has_pending else 0) | (WRITE if up.has_pending else 0),
+            ((READ if up.is_read and not up.has_pending else 0) | (WRITE if down.has_pending else 0)) or FAILING,
+            ((READ if down.is_read and not down.has_pending else 0) | (WRITE if up.has_pending else 0)) or FAILING,
         )
 
     def _watch_for(self, client_mask: int, server_mask: int) -> None:
@@ -252,7 +287,8 @@ class Relay:
         if self._resetting is not None:
             return self._look_at
         limits = self._limits
-        if self._shut_at is None and limits.first_byte_seconds is None and limits.tunnel_seconds is None:
+        is_plain = self._shut_at is None and limits.first_byte_seconds is None and limits.tunnel_seconds is None
+        if is_plain and not self._is_gone:
             return None if limits.idle_seconds is None else self._last_at + limits.idle_seconds  # as most are
         return min((at for at, _ in self._deadlines()), default=None)
 
@@ -262,6 +298,9 @@ class Relay:
             self._has_reset(now)
             return
         for at, cause in self._deadlines():
+            if at <= now and cause == "reset":
+                self._pass_on_reset(is_client=not self._up.is_written)
+                return
             if at <= now:
                 self._close(cause, self._who_is_late(), reset_client=True, reset_server=True)
                 return
@@ -274,8 +313,8 @@ class Relay:
     def _deadlines(self) -> list[tuple[float, str]]:
         limits, found = self._limits, []
         has_answer = self._down.total > 0
-        if self._shut_at is not None and limits.fin_seconds is not None:
-            found.append((self._shut_at + limits.fin_seconds, "fin"))
+        if limits.fin_seconds is not None and (self._is_gone or self._shut_at is not None):
+            found.append((self._last_at + limits.fin_seconds, "reset" if self._is_gone else "fin"))
         if limits.first_byte_seconds is not None and not has_answer:
             found.append((self.began_at + limits.first_byte_seconds, "first byte"))
         is_tunnel = limits.tunnel_seconds is not None and has_answer and self._up.total > 0
@@ -304,6 +343,7 @@ class Relay:
 
 
 _OPEN, _ENDED, _RESET, _SINK_GONE = Result.OPEN, Result.ENDED, Result.RESET, Result.SINK_GONE
+_SHUT_WR = int(socket.SHUT_WR)
 
 
 def reset_at_close(sock: socket.socket) -> None:

@@ -50,8 +50,8 @@ class Target:
             self.cells = page.cells(self._column)
         if self._column is None:
             _LOG.warning("%s: is counted by each relay worker alone: more than %d backends", endpoint.identity, COLUMNS)
-        self.address = numeric_address(endpoint.address)
-        """None: its name has no address yet, and it is never eligible."""
+        self.address = _address(endpoint)
+        """None: its name has no address yet, or its interface is not there; it is never chosen."""
         self.is_local = _is_loopback(self.address)
         """Within this machine, where a connection is made while we ask for it."""
         self.latency = PeakAverage()
@@ -99,6 +99,8 @@ class Targets:
             target = self._known[endpoint.identity] = Target(endpoint, self._page)
         target.endpoint = endpoint
         target.is_listed = True
+        if "%" in endpoint.address:
+            target.address = _address(endpoint)  # an interface comes, goes, and comes with another number
         return target
 
     def adopt(self, endpoint: Endpoint) -> Target:
@@ -121,8 +123,16 @@ class Targets:
             del self._known[target.endpoint.identity]
 
 
+def _address(endpoint: Endpoint) -> Address | None:
+    try:
+        return numeric_address(endpoint.address)
+    except OSError:
+        _LOG.warning("%s: there is no such interface on this machine", endpoint.identity)
+        return None
+
+
 def numeric_address(text: str) -> Address | None:
-    """Of HOST:PORT, [V6%ZONE]:PORT or unix:PATH; None for a name."""
+    """Of HOST:PORT, [V6%ZONE]:PORT or unix:PATH; None for a name. Raises OSError where there is no such interface."""
     bind = parse_bind(text)
     if bind.kind == "unix":
         return socket.AF_UNIX, bind.path

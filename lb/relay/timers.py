@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable
+from math import ceil
 from typing import Protocol
 
 BUCKET_SECONDS = 0.02
 FAR_SECONDS = 5.0
 """What is due later than this from now waits in a bucket of a whole second: there are fewer of them."""
+PATIENT_SECONDS = 2.0
+"""What is not due before may be armed by `arm_later`."""
 _BUCKETS_PER_SECOND = 50
 
 
@@ -54,16 +56,28 @@ class Timers:
     def arm(self, timed: Timed) -> None:
         """Look at it when it is due. To be called at first, and when it may be due earlier than it was."""
         due_at = timed.due_at
-        if due_at is None:
+        if due_at is not None:
+            self.arm_at(timed, due_at)
+
+    def arm_at(self, timed: Timed, at: float) -> None:
+        """Look at it then at the latest: for one that knows when it may be due."""
+        before = timed.bucket
+        if before is not None and before * BUCKET_SECONDS <= at:
             return
-        if due_at > self._far_from:
-            number = math.ceil(due_at) * _BUCKETS_PER_SECOND
+        number = ceil(at) * _BUCKETS_PER_SECOND if at > self._far_from else ceil(at / BUCKET_SECONDS)
+        if before is not None:
+            self._buckets[before].discard(timed)
+        timed.bucket = number
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            self._buckets[number] = {timed}
+            heapq.heappush(self._order, number)
         else:
-            number = math.ceil(due_at / BUCKET_SECONDS)
-        if timed.bucket is not None:
-            if timed.bucket == number:
-                return
-            self._buckets[timed.bucket].discard(timed)
+            bucket.add(timed)
+
+    def arm_later(self, timed: Timed) -> None:
+        """Look at it in one second or two: for one that is not due before, and most likely over by then."""
+        number = (int(self._far_from - FAR_SECONDS) + 2) * _BUCKETS_PER_SECOND
         timed.bucket = number
         bucket = self._buckets.get(number)
         if bucket is None:

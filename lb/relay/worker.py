@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import ipaddress
 import math
 import os
 import socket
@@ -25,6 +26,7 @@ from lb.relay.engine import Engine
 from lb.relay.link import Link
 from lb.relay.loop import READ, Loop
 from lb.relay.moving import RETRY_SECONDS, Moving
+from lb.relay.silence import notice_silence
 
 SPREAD_SECONDS = 5.0
 """What is left near the deadline of a drain is closed over so long, and not in one storm."""
@@ -75,6 +77,7 @@ class RelayWorker:
         assert page.row is not None
         self._worker = worker
         self._is_draining = False
+        self._listeners: Mapping[str, socket.socket] = {}
         self._loop = Loop()
         self._log = AccessLog(sys.stdout.fileno()) if balancer.access_log else None
         self._unready_seconds = balancer.unready_seconds
@@ -84,8 +87,8 @@ class RelayWorker:
             directory,
             hello,
             table,
-            on_table=lambda newer: self.engine.take(newer),
-            on_older=lambda: self.engine.take(first_table()),
+            on_table=self._take,
+            on_older=lambda: self._take(first_table()),
         )
         self.engine = Engine(self._loop, page, table, self._link, self._log)
         self._moving = Moving(worker, self.engine, self._loop)
@@ -94,6 +97,8 @@ class RelayWorker:
     def serve(self, listeners: Mapping[str, socket.socket]) -> None:
         """Accept until a drain, and go on until its end."""
         loop, worker = self._loop, self._worker
+        self._listeners = listeners
+        self._notice_silence()
         acceptors = {
             name: Acceptor(listener, loop, partial(self.engine.let_in, _service_of(name)))
             for name, listener in listeners.items()
@@ -117,6 +122,21 @@ class RelayWorker:
         self._drain({_service_of(name) for name in ending})
         self._link.close()
         loop.shut_down()
+        if self._log is not None:
+            self._log.close()
+
+    def _take(self, table: Table) -> None:
+        self.engine.take(table)
+        self._notice_silence()
+
+    def _notice_silence(self) -> None:
+        """Of clients that come from now on, but for those on this machine."""
+        for name, listener in self._listeners.items():
+            route = self.engine.table.routes.get(_service_of(name))
+            if route is None or listener.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            if not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+                notice_silence(listener, route.timeouts.silent_seconds)
 
     def _turn(self, timeout: float | None) -> None:
         self._loop.turn(timeout)

@@ -7,8 +7,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from handoff.errors import ExitCode, HandoffError
-from lb.core.admin import Answer, Drain, Prepare, Ready, ServiceStatus, Switch
+from lb.core.admin import Answer, Drain, Prepare, Ready, ServiceStatus, Switch, Verify
 from lb.core.rollout.budget import over_budget
 from lb.core.rollout.gates import Counts, refusals
 from lb.core.rollout.plan import ON_HOSTS, Kind, Step
@@ -17,7 +19,7 @@ from lb.core.rollout.undo import versioned_hosts
 from lb.rollout.fleet import Fleet, active_pool, find_backend
 from lb.rollout.local import command_here, probe
 from lb.rollout.stores.base import Fenced
-from lb.rollout.transport import Unfinished
+from lb.rollout.transport import Unfinished, repeatedly
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 15.0
@@ -25,12 +27,13 @@ GRACE_SECONDS = 15.0
 
 
 class Outcome(NamedTuple):
-    """`output`: what a command printed; shown, never kept."""
+    """`output`: what a command printed; shown, never kept. `is_overtaken`: somebody else has switched."""
 
     is_good: bool
     note: str = ""
     revision: int | None = None
     output: str = ""
+    is_overtaken: bool = False
 
 
 class Actions:
@@ -61,17 +64,14 @@ class Actions:
                 return await self._hook(step, run)
             case Kind.BUDGET:
                 return await self._until(step, lambda: self._over_budget(step, run))
-            case Kind.DRAIN | Kind.READY | Kind.PREPARE:
-                return await self._ask(step, run)
-            case Kind.HEALTHY:
-                return await self._until(step, lambda: self._unhealthy(step))
+            case Kind.DRAIN | Kind.READY | Kind.HEALTHY | Kind.PREPARE:
+                return await repeatedly(lambda: self._ask(step, run), self._sleep)
             case Kind.SWITCH:
-                return await self._switch(step, run, records)
+                return await repeatedly(lambda: self._switch(step, run, records), self._sleep)
             case Kind.BAKE:
                 return await self._bake(step, run, records)
             case Kind.KEEP:
-                began_at = records[step.id].at if step.id in records else time.time()
-                await self._sleep(min(step.seconds, max(0.0, began_at + step.seconds - time.time())))
+                await self._sleep(step.seconds)  # whole, whoever goes on with it: nothing counts on the clocks of two
                 return Outcome(True)
             case _:
                 raise AssertionError(step.kind)
@@ -101,9 +101,9 @@ class Actions:
     # --- at balancers -----------------------------------------------------------------------------------------------
 
     async def _ask(self, step: Step, run: Run) -> Outcome:
-        common = {"who": f"rollout {run.id}", "why": f"{run.kind} {run.version}", **self._fence}
+        common: dict[str, object] = {"who": f"rollout {run.id}", "why": f"{run.kind} {run.version}", **self._fence}
         server = self._fleet.deploy.host(step.host).server if step.host else None
-        request: Drain | Ready | Prepare
+        request: Drain | Ready | Verify | Prepare
         match step.kind:
             case Kind.DRAIN:
                 assert server is not None
@@ -111,10 +111,14 @@ class Actions:
                 request = Drain(server=server, wait_seconds=wait, deadline_seconds=step.seconds, **common)  # type: ignore[arg-type]
             case Kind.READY:
                 assert server is not None
-                request = Ready(server=server, wait_seconds=step.seconds, **common)  # type: ignore[arg-type]
+                request = Ready(server=server, wait_seconds=step.seconds, is_afresh=True, **common)  # type: ignore[arg-type]
+            case Kind.HEALTHY:
+                assert server is not None
+                request = Verify(server=server, wait_seconds=step.seconds, **common)  # type: ignore[arg-type]
             case _:
                 service = self._fleet.deploy.service
-                request = Prepare(service=service, pool=step.pool, wait_seconds=step.seconds, **common)  # type: ignore[arg-type]
+                common |= {"wait_seconds": step.seconds, "is_afresh": step.seconds > 0}
+                request = Prepare(service=service, pool=step.pool, **common)  # type: ignore[arg-type]
         answer = await self._fleet.balancer(step.balancer).ask(request, step.seconds + 2 * GRACE_SECONDS)
         return _outcome(step, answer)
 
@@ -123,10 +127,15 @@ class Actions:
         return {"fence": f"deploy/{self._fleet.deploy.service}", "token": self._token}
 
     async def _switch(self, step: Step, run: Run, records: Records) -> Outcome:
-        """By the revision that was prepared; on the way back by the one that our own switch has made, if it did."""
-        status = (await self._fleet.statuses([step.balancer]))[step.balancer]
+        """By the revision that was prepared; on the way back by the one that our own switch has made, if it did. What
+        counts is what the balancer shows then."""
+        status = await self._status(step)
         if _has_switched(status, step):
-            return Outcome(True, revision=status.revision)
+            if run.back is not None:  # a switch of ours may still be on its way: from now on its token is too old
+                await self._ask(msgspec.structs.replace(step, kind=Kind.PREPARE, seconds=0.0), run)
+                status = await self._status(step)
+            if _has_switched(status, step):
+                return Outcome(True, revision=status.revision)
         known = revision_at(run, records, step.balancer)
         if known is not None and run.back is not None and status.revision == known + 1:
             known += 1  # a switch of ours whose answer was lost
@@ -143,11 +152,10 @@ class Actions:
             ),
             step.seconds + GRACE_SECONDS,
         )
-        return _outcome(step, answer)
+        return _seen(step, _outcome(step, answer), await self._status(step), known)
 
-    async def _unhealthy(self, step: Step) -> str | None:
-        statuses = await self._fleet.statuses([step.balancer])
-        return self._sick([step.host], statuses)
+    async def _status(self, step: Step) -> ServiceStatus:
+        return (await self._fleet.statuses([step.balancer]))[step.balancer]
 
     async def _over_budget(self, step: Step, run: Run) -> str | None:
         statuses = await self._fleet.statuses(run.balancers)
@@ -186,7 +194,7 @@ class Actions:
         deadline = time.monotonic() + step.seconds
         first = statuses = await self._fleet.statuses(names)
         while (left := deadline - time.monotonic()) > 0:
-            sick = self._sick(step.hosts, statuses)
+            sick = self._sick(step.hosts, statuses) or _astray(step, statuses)
             if sick is not None:
                 return Outcome(False, sick)
             await self._sleep(min(left, POLL_SECONDS))
@@ -197,7 +205,7 @@ class Actions:
 
         found = refusals(run.deploy.gate, grown(step.hosts), grown(old))
         found += await self._asked(run, step)
-        sick = self._sick(step.hosts, statuses)
+        sick = self._sick(step.hosts, statuses) or _astray(step, statuses)
         return Outcome(not found and sick is None, "; ".join([*found, *([sick] if sick else [])]))
 
     async def _asked(self, run: Run, step: Step) -> list[str]:
@@ -230,8 +238,24 @@ def _has_switched(status: ServiceStatus, step: Step) -> bool:
     return step.pool in status.pools and status.pools[step.pool].percent == step.percent
 
 
+def _astray(step: Step, statuses: dict[str, ServiceStatus]) -> str | None:
+    """A balancer that somebody else has switched while the pool is watched, or that has forgotten it."""
+    wrong = [address for address, status in statuses.items() if step.pool and not _has_switched(status, step)]
+    return f"{', '.join(wrong)}: new connections are not divided any more as this rollout has it" if wrong else None
+
+
+def _seen(step: Step, outcome: Outcome, status: ServiceStatus, known: int | None) -> Outcome:
+    """Of a switch: what the balancer shows counts, whatever it said. A question of ours that was thought lost may have
+    come first; where somebody else's switch did, none of ours can be taken any more."""
+    if _has_switched(status, step):
+        return Outcome(True, revision=status.revision)
+    if outcome.is_good:
+        return Outcome(False, f"{step.balancer}: says that it has switched to {step.pool}, and shows that it has not")
+    return outcome._replace(is_overtaken=known is not None and status.revision != known)
+
+
 def _outcome(step: Step, answer: Answer) -> Outcome:
-    where = step.host or step.balancer
+    where = " on ".join(one for one in (step.host, step.balancer) if one)
     if answer.exit_code == ExitCode.ABORTED:
         raise Fenced(f"{step.balancer}: {answer.message}")
     if answer.exit_code == ExitCode.DONE:

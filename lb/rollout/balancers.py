@@ -13,7 +13,7 @@ import http.client
 import os
 import socket
 import ssl
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import msgspec
@@ -21,7 +21,8 @@ import msgspec
 from handoff.errors import HandoffError, UsageError
 from handoff.option_table import is_service_name
 from handoff.run_directory import locate, run_directory_root
-from lb.core.admin import SOCKET_NAME, Answer, Exchange, Exchanged, Request, Status
+from lb.core.admin import OVERRIDES_PATH, SOCKET_NAME, Answer, Exchange, Exchanged, Request, Status
+from lb.core.overrides import Overrides
 from lb.rollout.transport import Transport, Unreachable, transport_for
 from lb.source import DEFAULT_NAME
 
@@ -63,6 +64,10 @@ class _Client(abc.ABC):
 
     async def status(self) -> Status:
         return self._decoded(await self._exchange(Exchange(method="GET", path="/v1/status"), STATUS_SECONDS), Status)
+
+    async def overrides(self, timeout: float) -> Overrides:
+        """What people have changed there. Raises Unreachable, HandoffError."""
+        return self._decoded(await self._exchange(Exchange(method="GET", path=OVERRIDES_PATH), timeout), Overrides)
 
     async def ask(self, request: Request, timeout: float) -> Answer:
         command = str(type(request).__struct_config__.tag)
@@ -168,17 +173,46 @@ class _UnixConnection(http.client.HTTPConnection):
             raise
 
 
-def client_for(address: str) -> BalancerClient:
-    """Connects to nobody yet. Raises UsageError."""
+def client_for(address: str, near: str = "", token: str | None = None) -> DirectBalancer | RemoteBalancer:
+    """Connects to nobody yet. A relative `token_file` is taken from the directory `near`; without one, and without the
+    variable, it is `token`. Raises UsageError."""
+    kind, rest, url, query = _parsed(address)
+    if url is None and kind == "unix":
+        return DirectBalancer(address, None, rest)
+    if url is None:
+        directory = locate(rest or DEFAULT_NAME, run_directory_root(None, os.environ, os.geteuid()))
+        return DirectBalancer(address, None, str(directory.path / SOCKET_NAME))
+    if kind == "ssh":
+        destination = (f"{url.username}@" if url.username else "") + str(url.hostname)
+        transport = transport_for(f"ssh://{destination}:{url.port}" if url.port else destination)
+        return RemoteBalancer(address, transport, query.get("name", DEFAULT_NAME))
+    return DirectBalancer(address, url, "", _token(address, near, query.get("token_file")) or token)
+
+
+def check_address(address: str) -> None:
+    """Raises UsageError where it is none of a balancer. No file is read."""
+    _parsed(address)
+
+
+class _Parsed(NamedTuple):
+    kind: str
+    rest: str
+    url: SplitResult | None
+    """None: `unix` or `local`."""
+    query: dict[str, str]
+
+
+def _parsed(address: str) -> _Parsed:
     kind, _, rest = address.partition(":")
     if kind == "unix" and rest:
-        return DirectBalancer(address, None, rest)
+        return _Parsed(kind, rest, None, {})
     if kind == "local":
-        directory = locate(_name(address, rest or DEFAULT_NAME), run_directory_root(None, os.environ, os.geteuid()))
-        return DirectBalancer(address, None, str(directory.path / SOCKET_NAME))
+        if rest:
+            _check_name(address, rest)
+        return _Parsed(kind, rest, None, {})
     url = urlsplit(address)
     try:
-        port, query = (
+        _, query = (
             url.port,
             {key: values[-1] for key, values in parse_qs(url.query, strict_parsing=bool(url.query)).items()},
         )
@@ -186,28 +220,26 @@ def client_for(address: str) -> BalancerClient:
         raise UsageError(f"balancer {address}: {error}") from None
     if url.hostname and not url.fragment and url.path in ("", "/"):
         if kind == "ssh" and not url.password and set(query) <= {"name"}:
-            destination = (f"{url.username}@" if url.username else "") + url.hostname
-            transport = transport_for(f"ssh://{destination}:{port}" if port else destination)
-            return RemoteBalancer(address, transport, _name(address, query.get("name", DEFAULT_NAME)))
+            _check_name(address, query.get("name", DEFAULT_NAME))
+            return _Parsed(kind, rest, url, query)
         if kind in ("http", "https") and not url.username and set(query) <= {"token_file"}:
-            return DirectBalancer(address, url, "", _token(address, query.get("token_file")))
+            return _Parsed(kind, rest, url, query)
     raise UsageError(
         f"balancer {address}: expected ssh://[USER@]HOST[:PORT][?name=NAME], http(s)://HOST:PORT[?token_file=PATH], "
         f"unix:PATH or local[:NAME]"
     )
 
 
-def _name(address: str, name: str) -> str:
+def _check_name(address: str, name: str) -> None:
     if not is_service_name(name):
         raise UsageError(f"balancer {address}: {name!r} is no name of a service")
-    return name
 
 
-def _token(address: str, file: str | None) -> str | None:
+def _token(address: str, near: str, file: str | None) -> str | None:
     if file is None:
         return os.environ.get(TOKEN_VARIABLE)
     try:
-        with open(file, "rb") as opened:
+        with open(os.path.join(near, file), "rb") as opened:
             return opened.read(_MAXIMUM_TOKEN_BYTES).decode("latin-1").strip()
     except OSError as error:
         raise UsageError(f"balancer {address}: {file} cannot be read ({error.strerror})") from None

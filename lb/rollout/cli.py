@@ -13,12 +13,13 @@ import msgspec
 from handoff.env_file import read_small_file
 from handoff.errors import ExitCode, HandoffError, UsageError
 from lb.core.rollout.model import Deploy
-from lb.core.rollout.plan import CannotPlan
+from lb.core.rollout.plan import CannotPlan, Plan
 from lb.core.rollout.progress import Run, can_turn_back
 from lb.core.version_label import is_version
 from lb.rollout.config import parse_deploy, with_strategy
+from lb.rollout.follow import follow
 from lb.rollout.journal import Request
-from lb.rollout.report import Lines, Report, made_report
+from lb.rollout.report import Bars, Lines, Report, made_report
 from lb.rollout.session import Session, opened, owner
 from lb.rollout.show import history_table, plan_lines, run_lines
 from lb.rollout.stores.base import Locked
@@ -77,14 +78,23 @@ def start(version: str, file: str, strategy: str | None, without: tuple[str, ...
     deploy = _read(file, strategy)
     _check_version(version)
 
+    shown: list[Plan] = []
+
+    async def show(session: Session) -> int:
+        shown.append((await session.begin(version, without)).plan)
+        click.echo("\n".join(plan_lines(shown[0])))
+        return ExitCode.DONE
+
     async def run(session: Session) -> int:
         async with session.locked() as lease:
             begun = await session.begin(version, without)
-            if not yes and sys.stdin.isatty() and sys.stdout.isatty():
-                click.echo("\n".join(plan_lines(begun.plan)))
-                await asyncio.to_thread(click.confirm, f"Roll {version} out?", abort=True)
+            if shown and begun.plan != shown[0]:
+                raise HandoffError("meanwhile another plan is needed than the one that was shown", ExitCode.REFUSED)
             return (await session.work(lease, begun, is_new=True)).exit_code
 
+    if not yes and sys.stdin.isatty() and sys.stdout.isatty():
+        _with_session(deploy, show)
+        click.confirm(f"Roll {version} out?", abort=True)  # without the lock: people may take their time
     return _with_session(deploy, run, made_report())
 
 
@@ -113,10 +123,13 @@ def plan(version: str, file: str, strategy: str | None, as_json: bool) -> int:
 @_FILE
 @_JSON
 def status(file: str, as_json: bool) -> int:
-    """Say how far the newest rollout is."""
+    """Say how far the newest rollout is; in a terminal look on until it ends, or stands."""
 
     async def show(session: Session) -> int:
         run = await session.latest()
+        if sys.stdout.isatty() and not as_json:
+            await follow(session.store, session.journal, run.id, Bars())
+            run = await session.latest()
         records = await asyncio.to_thread(session.journal.records, run.id)
         holder = await asyncio.to_thread(session.store.holder, session.journal.lock_name)
         if as_json:
@@ -132,7 +145,16 @@ def status(file: str, as_json: bool) -> int:
 @_FILE
 def pause(file: str) -> int:
     """Have the deployer stop at its next safe point; resume goes on."""
-    return _with_session(_read(file), lambda session: _ask(session, "pause"))
+
+    async def run(session: Session) -> int:
+        if await session.is_at_work():
+            return await _ask(session, "pause")
+        found = await session.latest()
+        said = "nobody is at work on it" if found.verdict is None else found.verdict.value
+        click.echo(f"rollout {found.id}: {said}")
+        return ExitCode.DONE
+
+    return _with_session(_read(file), run)
 
 
 @main.command()
@@ -150,7 +172,9 @@ def abort(file: str, without: tuple[str, ...]) -> int:
                     raise HandoffError(f"rollout {found.id}: is committed; use rollback", ExitCode.REFUSED)
                 return (await session.work(lease, found, is_new=False, aborted_by=owner())).exit_code
         except Locked:
-            return await _ask(session, "abort")
+            code = await _ask(session, "abort")
+            # Whoever stopped right then has not heard it any more.
+            return code if await session.is_at_work() else await run(session)
 
     return _with_session(_read(file), run, made_report())
 

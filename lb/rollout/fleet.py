@@ -11,7 +11,7 @@ from lb.core.rollout.gates import Counts
 from lb.core.rollout.model import Deploy, Host
 from lb.core.rollout.plan import CannotPlan, Seen
 from lb.rollout.balancers import BalancerClient
-from lb.rollout.transport import Transport
+from lb.rollout.transport import Transport, repeatedly
 
 STATUS_TIMEOUT_SECONDS = 15.0
 
@@ -59,8 +59,11 @@ class Fleet:
         return dict(zip(names, found, strict=True))
 
     async def _status(self, address: str) -> ServiceStatus:
-        async with asyncio.timeout(STATUS_TIMEOUT_SECONDS):
-            status: Status = await self.balancer(address).status()
+        async def ask() -> Status:
+            async with asyncio.timeout(STATUS_TIMEOUT_SECONDS):
+                return await self.balancer(address).status()
+
+        status = await repeatedly(ask)
         service = status.services.get(self.deploy.service)
         if service is None:
             raise HandoffError(f"balancer {address}: has no service {self.deploy.service}")
@@ -106,7 +109,8 @@ class Fleet:
             raise CannotPlan(f"host with a server that is no backend: {', '.join(missing)}; add it to the balancer")
         previous = dict(versions)
         unknown = [one for one in self.deploy.hosts if one.name not in previous]
-        told = await asyncio.gather(*(self._version(host, current(host)) for host in unknown))
+        gate = asyncio.Semaphore(self.deploy.parallel)
+        told = await asyncio.gather(*(self._version(host, current(host), gate) for host in unknown))
         previous |= {host.name: version for host, version in zip(unknown, told, strict=True) if version}
         return Seen(
             previous={one.name: previous[one.name] for one in self.deploy.hosts if one.name in previous},
@@ -114,10 +118,11 @@ class Fleet:
             active=self._active(statuses) if self.deploy.strategy != "rolling" else None,
         )
 
-    async def _version(self, host: Host, command: str | None) -> str:
+    async def _version(self, host: Host, command: str | None, gate: asyncio.Semaphore) -> str:
         if command is None:
             return ""
-        answer = await self.transport(host).request(["sh", "-c", command], b"", STATUS_TIMEOUT_SECONDS)
+        async with gate:
+            answer = await self.transport(host).request(["sh", "-c", command], b"", STATUS_TIMEOUT_SECONDS)
         return answer.decode(errors="replace").strip()
 
     def _active(self, statuses: Mapping[str, ServiceStatus]) -> str | None:

@@ -1,8 +1,8 @@
 """The journal of rollouts, in a store: each run, each of its steps before it is taken, and who wants it to stop.
 
 Keys, below `deploy/SERVICE/`: `current` (the newest run's id), `runs/ID`, `steps/ID/STEP`, `hosts/HOST` (its version).
-Requests of people who do not hold the lock: `free/deploy/SERVICE/request`. A run is compressed: its plan for
-1,000 hosts is larger than a value may be.
+Where connections are to go, for balancers that look there: `desired/SERVICE`. Requests of people who do not hold the
+lock: `free/deploy/SERVICE/request`. A run is compressed: its plan for 1,000 hosts is larger than a value may be.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 import msgspec
 
 from handoff.errors import ExitCode, HandoffError
+from lb.core.desired import PREFIX, Desired
 from lb.core.rollout.progress import Record, Run
 from lb.rollout.stores.base import Fenced, Lease, Store
 
@@ -68,10 +69,18 @@ class Journal:
             found[record.step] = record
         return found
 
+    def changes(self, name: str, after: int, timeout: float) -> tuple[dict[str, Record], int]:
+        """Records that were written after this version, as soon as there are any, and the version to go on from."""
+        found = self._store.watch(f"{self._root}/steps/{name}/", after, timeout)
+        records = [msgspec.json.decode(one.value, type=Record) for one in found]
+        return {one.step: one for one in records}, max((one.version for one in found), default=after)
+
     def runs(self) -> list[Run]:
         """All that are kept, the newest first."""
-        found = [_decoded(one.value, one.key) for one in self._store.list(f"{self._root}/runs/")]
-        return sorted(found, key=lambda one: one.id, reverse=True)
+        found = self._store.list(
+            f"{self._root}/runs/"
+        )  # by their writes: only the newest is written, and clocks are set
+        return [_decoded(one.value, one.key) for one in sorted(found, key=lambda one: one.version, reverse=True)]
 
     def versions(self) -> dict[str, str]:
         """Of the hosts, as the last runs left them; one that is not known is left out."""
@@ -99,12 +108,15 @@ class Journal:
     def save(self, lease: Lease, run: Run) -> None:
         self._write(lease, {self._run_key(run): _encoded(run)})
 
-    def write(self, lease: Lease, run: Run, records: Collection[Record]) -> None:
-        """In place of what was known of these steps."""
+    def write(self, lease: Lease, run: Run, records: Collection[Record], desired: Desired | None = None) -> None:
+        """In place of what was known of these steps. `desired`, behind it: where connections are to go, for balancers
+        that look there."""
         todo = {f"{self._root}/steps/{run.id}/{one.step}": msgspec.json.encode(one) for one in records}
         keys = list(todo)
         for at in range(0, len(keys), RECORDS_AT_ONCE):
             self._write(lease, {key: todo[key] for key in keys[at : at + RECORDS_AT_ONCE]})
+        if desired is not None:
+            self._write(lease, {f"{PREFIX}{self._service}": msgspec.json.encode(desired)})
 
     def end(self, lease: Lease, run: Run, versions: Mapping[str, str]) -> None:
         """The run with its verdict; `versions`: of the hosts that it has touched, empty where nobody knows."""

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator
 
 import msgspec
 
@@ -22,8 +22,8 @@ from lb.rollout.balancers import client_for
 from lb.rollout.fleet import Fleet
 from lb.rollout.journal import Journal
 from lb.rollout.report import Report
-from lb.rollout.runner import Runner
-from lb.rollout.stores import Lease, RemoteStore, Store, open_store
+from lb.rollout.runner import STORE_RETRY_SECONDS, Runner
+from lb.rollout.stores import Lease, Locked, RemoteStore, Store, StoreError, open_store
 from lb.rollout.transport import transport_for
 
 STORE_SECONDS = 45.0
@@ -36,6 +36,7 @@ class Session:
     def __init__(self, deploy: Deploy, store: Store, fleet: Fleet, report: Report) -> None:
         self.deploy, self.store, self.fleet, self.report = deploy, store, fleet, report
         self.journal = Journal(store, deploy.service)
+        self._lease: Lease | None = None
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -57,39 +58,66 @@ class Session:
             raise HandoffError(f"service {self.deploy.service}: no rollout yet", exit_code=ExitCode.NO_SUCH_SERVICE)
         return await asyncio.to_thread(self.journal.run, name)
 
+    async def is_at_work(self) -> bool:
+        """Somebody has the lock."""
+        return await asyncio.to_thread(self.store.holder, self.journal.lock_name) is not None
+
     # --- doing ------------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def locked(self) -> AsyncIterator[Lease]:
         """The lock of the service. Raises Locked."""
-        lease = await asyncio.to_thread(self.store.lock, self.journal.lock_name, owner(), self.deploy.lock_seconds)
+        name, seconds = self.journal.lock_name, self.deploy.lock_seconds
+        self._lease = await asyncio.to_thread(self.store.lock, name, owner(), seconds)
         try:
-            yield lease
+            yield self._lease
         finally:
             with contextlib.suppress(HandoffError):  # it ends by itself
-                await asyncio.to_thread(self.store.release, lease)
+                await asyncio.to_thread(self.store.release, self._lease)
+
+    async def _locked_anew(self) -> Lease:
+        """With a token of its own. A store that does not answer is asked again, as long as the lease was to last.
+
+        Raises Locked where somebody has come in between, who goes on then; StoreError.
+        """
+        assert self._lease is not None
+        name, former = self.journal.lock_name, self._lease
+        ours = f"{owner()}, on the way back {os.urandom(4).hex()}"  # so that we know a lock whose answer was lost
+        deadline = time.monotonic() + former.seconds
+        while True:
+            try:
+                await asyncio.to_thread(self.store.release, former)
+                self._lease = await asyncio.to_thread(self.store.lock, name, ours, self.deploy.lock_seconds)
+                return self._lease
+            except Locked as error:
+                if error.holder.owner != ours:
+                    raise
+                self._lease = Lease(name, ours, error.holder.token, self.deploy.lock_seconds)
+                return self._lease
+            except StoreError:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(STORE_RETRY_SECONDS)
 
     async def begin(self, version: str, without: Collection[str] = ()) -> Run:
         """A new run of this version. Raises HandoffError where another one is not finished."""
         await self._refuse_unfinished()
-        left_out = self._left_out(without)
-        kept = tuple(one for one in self.deploy.balancers if one not in left_out)
-        used = msgspec.structs.replace(self.deploy, balancers=kept)
+        left_out = self._left_out(self.deploy, without)
+        used = self._without(left_out)
         seen, plan = await Session(used, self.store, Fleet.like(self.fleet, used), self.report).plan(version)
-        return self._run("deploy", version, plan, seen, used)
+        return self._run("deploy", version, plan, seen, left_out)
 
     async def begin_rollback(self, without: Collection[str] = ()) -> Run:
         """A run that leads back behind the newest one that was committed."""
         await self._refuse_unfinished()
-        left_out = self._left_out(without)
-        kept = tuple(one for one in self.deploy.balancers if one not in left_out)
-        used = msgspec.structs.replace(self.deploy, balancers=kept)
+        left_out = self._left_out(self.deploy, without)
+        used = self._without(left_out)
         runs = await asyncio.to_thread(self.journal.runs)
         committed = [one for one in runs if one.verdict is Verdict.COMMITTED]
         versions = await asyncio.to_thread(self.journal.versions)
         seen = await Fleet.like(self.fleet, used).look(versions, self._current)
         version, plan = go_back(used, committed, seen)
-        return self._run("rollback", version, plan, seen, used)
+        return self._run("rollback", version, plan, seen, left_out)
 
     async def work(self, lease: Lease, run: Run, is_new: bool, aborted_by: str | None = None) -> Verdict:
         """To its verdict. Signals stop it at a safe point."""
@@ -100,23 +128,27 @@ class Session:
             await asyncio.to_thread(self.journal.clear_request, lease)
             await asyncio.to_thread(self.journal.save, lease, run)
             records = await asyncio.to_thread(self.journal.records, run.id)
-        runner = Runner(run, records, self.store, lease, Fleet.like(self.fleet, run.deploy), self.report)
+        fleet = Fleet.like(self.fleet, run.deploy)
+        runner = Runner(run, records, self.store, lease, fleet, self.report, self._locked_anew)
         if aborted_by is not None:
             runner.abort(aborted_by)
-        with _signals(runner):
-            verdict = await runner.work()
+        try:
+            with _signals(runner):
+                verdict = await runner.work()
+        finally:
+            self.report.close()
         note = f": {runner.run.note}" if runner.run.note else ""
         self.report.says(f"{run.deploy.service}: {run.kind} of {run.version}: {verdict.value}{note}")
         return verdict
 
     async def resumable(self, without: Collection[str]) -> Run:
-        """The newest run, to go on with. Raises HandoffError where it has come to its end."""
+        """The newest run, to go on with; if it stopped, with what failed. Raises HandoffError where it is over."""
         run = await self.latest()
         if without:
-            run = msgspec.structs.replace(run, without={**run.without, **dict.fromkeys(without, owner())})
+            run = msgspec.structs.replace(run, without={**run.without, **self._left_out(run.deploy, without)})
         if run.verdict is None:
             return run
-        if run.verdict is Verdict.PARTIAL and run.back is not None:
+        if run.verdict is Verdict.PARTIAL:
             return tried_again(run)
         raise HandoffError(
             f"rollout {run.id} of {run.deploy.service}: {run.verdict.value}, nothing to resume", ExitCode.REFUSED
@@ -134,16 +166,30 @@ class Session:
                 ExitCode.REFUSED,
             )
 
-    def _left_out(self, without: Collection[str]) -> Mapping[str, str]:
+    def _left_out(self, deploy: Deploy, without: Collection[str]) -> dict[str, str]:
+        """And by whom. Raises UsageError."""
         for one in without:
-            if one not in self.deploy.balancers:
-                raise UsageError(f"--without-balancer {one}: there are {', '.join(self.deploy.balancers) or 'none'}")
+            if one not in deploy.balancers:
+                raise UsageError(f"--without-balancer {one}: there are {', '.join(deploy.balancers) or 'none'}")
         return dict.fromkeys(without, owner())
 
-    def _run(self, kind: str, version: str, plan: Plan, seen: Seen, deploy: Deploy) -> Run:
+    def _without(self, left_out: Collection[str]) -> Deploy:
+        kept = tuple(one for one in self.deploy.balancers if one not in left_out)
+        return msgspec.structs.replace(self.deploy, balancers=kept)
+
+    def _run(self, kind: str, version: str, plan: Plan, seen: Seen, left_out: dict[str, str]) -> Run:
         now = time.time()
-        name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f"{int(now % 1 * 1e6):06d}"
-        return Run(id=name, version=version, deploy=deploy, plan=plan, seen=seen, who=owner(), began_at=now, kind=kind)
+        return Run(
+            id=time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f"{int(now % 1 * 1e6):06d}",
+            version=version,
+            deploy=self.deploy,
+            plan=plan,
+            seen=seen,
+            who=owner(),
+            began_at=now,
+            kind=kind,
+            without=left_out,
+        )
 
 
 @contextlib.asynccontextmanager

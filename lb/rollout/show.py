@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from lb.core.rollout.plan import Plan, Step
-from lb.core.rollout.progress import Do, End, Record, Run, State, TurnBack, what_next
+from lb.core.rollout.progress import Do, End, Record, Run, State, TurnBack, how_far, what_next
 from lb.rollout.stores.base import Holder
 
 _SHOWN_STEPS = 12
@@ -31,9 +31,8 @@ def run_lines(run: Run, records: Mapping[str, Record], holder: Holder | None) ->
         lines.append(f"without {', '.join(f'{name} (by {who})' for name, who in run.without.items())}")
     if run.back is not None:
         lines.append(f"on the way back: {run.reason}")
-    steps = [step for group in (run.back if run.back is not None else run.plan) for step in group.steps]
-    done = sum(step.id in records and records[step.id].state is State.DONE for step in steps)
-    lines.append(f"steps: {done} of {len(steps)} done")
+    done, count = how_far(run, records)
+    lines.append(f"steps: {done} of {count} done")
     lines += [f"  failed: {one.note}" for one in records.values() if one.state is State.FAILED]
     if run.verdict is not None:
         lines.append(f"{run.verdict.value} {clock(run.ended_at)}{': ' if run.note else ''}{run.note}")

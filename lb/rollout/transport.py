@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -26,6 +26,9 @@ ANSWER_SECONDS = 20.0
 """For the way there and back, beyond what the host itself is told to wait."""
 
 
+T = TypeVar("T")
+
+
 class Done(NamedTuple):
     exit_code: int
     output: str
@@ -33,6 +36,22 @@ class Done(NamedTuple):
 
 class Unreachable(HandoffError):
     """The host cannot be reached, or does not answer: whether it has done what was asked is not known."""
+
+
+REPEAT_SECONDS = (0.25, 0.5, 1.0)
+"""Pauses between tries of what may be asked twice."""
+
+
+async def repeatedly(ask: Callable[[], Awaitable[T]], pause: Callable[[float], Awaitable[None]] = asyncio.sleep) -> T:
+    """For what may be done twice: one that cannot be reached for a moment, or whose answer is lost, is asked again."""
+    for seconds in REPEAT_SECONDS:
+        try:
+            return await ask()
+        except AccessDenied:
+            raise
+        except Unreachable:
+            await pause(seconds)
+    return await ask()
 
 
 class AccessDenied(Unreachable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -90,6 +91,22 @@ def test_companions_end_after_the_workers_when_the_service_stops(tmp_path: Path)
         assert companion is not None, said
         assert worker.end() < companion.start()
     assert lines(tmp_path) == ["start 1 web", "end 1"]
+
+
+def test_every_stop_is_answered_when_the_companions_have_ended(tmp_path: Path) -> None:
+    deaf = (
+        "import os, signal; signal.signal(signal.SIGTERM, lambda *_: open('told', 'w')); [signal.pause() for _ in 'ab']"
+    )
+    write(tmp_path, f"[companion.deaf]\ncommand = [{json.dumps(sys.executable)}, '-c', {json.dumps(deaf)}]\n")
+    with Service(tmp_path) as service:
+        pid = until_running(service, "deaf", 1)["pid"]
+        first = service.begin({"type": "stop"})
+        wait_until((tmp_path / "told").exists, "the workers have ended, and the companion is asked to")
+        second = service.begin({"type": "stop"})  # at once: it is killed now
+        assert second.answer()["message"] == "stopped"
+        assert not psutil.pid_exists(pid)
+        assert first.answer()["message"] == "stopped"
+        assert service.wait() == 0
 
 
 def test_a_companion_that_dies_is_started_again_and_no_worker_notices(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
         (["--describe", "true", "--config", "x.toml"], "--describe and --config: a service is described by one of"),
         (["--describe", "false"], "describe: false: exited with status 1"),
         (["--describe", "true"], "describe: true: printed no JSON object"),
+        (["--describe", "yes"], "describe: yes: printed more than 1048576 bytes; print less"),
     ],
 )
 def test_a_bad_description_ends_the_start_with_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:

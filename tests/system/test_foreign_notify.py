@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -67,6 +68,14 @@ def test_a_command_that_hangs_is_ended_and_replaced(
         service.stderr.wait_for("worker=2 .*to=accepting")
 
 
+def test_a_companion_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
+    words = json.dumps(written(tmp_path, HANGS))
+    (tmp_path / "app.py").write_text("async def app(scope, receive, send): ...\n")
+    (tmp_path / "handoff.toml").write_text(f'[companion.one]\ncommand = {words}\nwatchdog = "250ms"\n')
+    with Service(tmp_path, app="app:app") as service:
+        service.stderr.wait_for(r"companion one: worker \d+ said no WATCHDOG=1 for 250ms; crash 2 in a row")
+
+
 def test_a_command_may_change_its_interval(tmp_path: Path) -> None:
     with command(tmp_path, *written(tmp_path, LIVES), options=("--watchdog", "200ms", "--probation", "1s")) as service:
         assert [one["worker"] for one in service.workers()] == [1]
@@ -91,6 +100,17 @@ def test_a_watchdog_is_not_for_applications(tmp_path: Path) -> None:
     with Service(tmp_path, "--watchdog", "1s").launch() as service:
         assert service.wait() == 2
         assert "watchdog: is for commands; leave it out for an application" in service.stderr.finish()
+
+
+def test_what_is_too_long_is_ignored_whole(tmp_path: Path) -> None:
+    """In the cut of 4096 bytes it would say that it is ready."""
+    text = "say('READY=1\\n' + 'X=' + 'x' * 5000)\nsay('STATUS=too much')\nsignal.pause()\n"
+    (tmp_path / "handoff.toml").write_text(f'command = "{" ".join(written(tmp_path, LIVES))}"\ndialect = "systemd"\n')
+    with Service(tmp_path, "--boot-timeout", "3s", app=None) as service:
+        written(tmp_path, text)
+        done = service.ask({"type": "reload"})
+        assert (done["exit_code"], "it was too much" in done["message"]) == (3, True), done
+        service.stderr.wait_for("notification that is too long was ignored")
 
 
 # --- stored fds -----------------------------------------------------------------------------------------------------
@@ -163,3 +183,47 @@ def test_what_was_stored_is_closed_with_its_slot_and_its_kind(tmp_path: Path) ->
         reload(service)
         service.wait_for_generations(5)
         wait_until(lambda: stored_fds(service) == 0, "an application has no use for them")
+
+
+COMPANIONS = """
+[companion.one]
+command = "{command}"
+bind = "127.0.0.1:0"
+
+[companion.two]
+command = "{command}"
+bind = "127.0.0.1:0"
+"""
+
+
+def test_what_a_companion_stores_is_there_for_the_next_of_its_name(tmp_path: Path) -> None:
+    words = written(tmp_path, STORES.replace('os.environ["HANDOFF_SLOT"]', 'os.environ["HANDOFF_COMPANION"]'))
+    (tmp_path / "app.py").write_text("async def app(scope, receive, send): ...\n")
+    (tmp_path / "log").touch()
+    (tmp_path / "handoff.toml").write_text(COMPANIONS.format(command=" ".join(words)))
+
+    def until_lines(number: int) -> list[str]:
+        wait_until(lambda: len(lines(tmp_path)) == number, f"{number} starts of companions")
+        return sorted(lines(tmp_path)[number - 2 :])
+
+    with Service(tmp_path, app="app:app") as service:
+        assert until_lines(2) == ["one default ", "two default "]
+        reload(service)
+        assert until_lines(4) == ["one default:state:stored:last one", "two default:state:stored:last two"]
+        (tmp_path / "handoff.toml").write_text("")
+        reload(service)
+        wait_until(lambda: stored_fds(service) == 0, "companions that are no more have no use for them")
+
+
+def test_commands_and_companions_ack_on_sockets_of_their_own(tmp_path: Path) -> None:
+    words = written(tmp_path, "open('runs-' + os.environ.get('HANDOFF_COMPANION', ''), 'w')\nsignal.pause()\n")
+    (tmp_path / "handoff.toml").write_text(
+        f'command = "{" ".join(words)}"\nready_after = "50ms"\n[companion.one]\ncommand = "{" ".join(words)}"\n'
+    )
+    with Service(tmp_path, app=None) as service:
+        wait_until(lambda: (tmp_path / "runs-one").exists(), "the companion runs")
+        wait_until(
+            lambda: sorted(one.name for one in (service.run_dir / service.name).glob("ack-*")) == ["ack-1", "ack-c1"],
+            "both have a socket",
+        )
+        assert "no socket for acks" not in service.stderr.text

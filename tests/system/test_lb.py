@@ -279,4 +279,7 @@ def test_an_application_of_handoff_sees_the_clients_address_also_after_reloads(d
             for one in (app, service):
                 assert one.ask({"type": "reload"})["exit_code"] == 0
                 assert kept.ask() == f"{host}:{port}"
+                new = Kept(service)
+                assert new.ask() == "{}:{}".format(*new.connection.getsockname())
+                new.close()
             kept.close()

@@ -82,6 +82,29 @@ def test_who_waits_for_a_place_moves_and_gets_it(directory: Path) -> None:
             second.close()
 
 
+def test_who_waits_in_an_old_relay_worker_hears_of_a_new_table(directory: Path) -> None:
+    """The new file has one listener less: who came there, and has no backend yet, waits in the worker of before."""
+    with StreamServer() as server, StreamServer() as other:
+        one = f'{{ name = "one", address = "{server.address}", maxconn = 1 }}'
+        text = config({"main": [one]}, service='timeouts = { queue = "60s" }')
+        both = text.replace('"127.0.0.1:0"', '"127.0.0.1:0", "127.0.0.2:0"')
+        with Balancer(directory, both) as service:
+            first, second = (Echo(("127.0.0.1", service.port)) for _ in range(2))
+            first.ask()
+            service.write(text)
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            draining = "the relay has moved, and who waits is in the old worker"
+            wait_until(lambda: relays(service) == [1] and len(service.status()["generations"]) == 2, draining)
+            service.done("add", "shop/main", f"two={other.address}")
+            second.ask()
+            wait_until(lambda: len(service.status()["generations"]) == 1, "it has moved as well")
+            first.ask()
+            second.ask()
+            assert (server.opened, other.opened) == (1, 1)
+            first.close()
+            second.close()
+
+
 def test_a_stop_ends_what_moves(directory: Path) -> None:
     """The service stops while relays are on their way: every process ends, and every client sees an end."""
     with StreamServer() as server:

@@ -6,12 +6,16 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.system.apps import hello, workbench
 from tests.system.harness import Service, wait_until
+
+TIMES = 20
+"""Reloads under which commands and companions crash as well."""
 
 
 def open_files(pid: int) -> list[str]:
@@ -80,6 +84,47 @@ def test_fds_and_processes_are_as_before_after_crashes(directory: Path) -> None:
 
         wait_until(replaced, "all ten are replaced")
         baseline.assert_reached()
+
+
+STORES = """
+import array, os, signal, socket
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+    notify.connect("\\0" + os.environ["NOTIFY_SOCKET"][1:])
+    kept = array.array("i", [os.memfd_create("kept")])
+    notify.sendmsg([b"FDSTOREREMOVE=1\\nFDNAME=kept"])
+    notify.sendmsg([b"FDSTORE=1\\nFDNAME=kept"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, kept)])
+    notify.send(b"READY=1")
+signal.pause()
+"""
+
+
+@pytest.mark.timeout(300)
+def test_fds_and_processes_are_as_before_after_reloads_and_crashes_of_commands_and_companions(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(STORES)
+    command = f'command = "{sys.executable} main.py"\n'
+    (tmp_path / "handoff.toml").write_text(
+        f'{command}workers = 2\n[companion.a]\n{command}bind = "127.0.0.1:0"\n[companion.b]\n{command}'
+    )
+
+    def runs(generation: int) -> bool:
+        status = service.status()
+        states = [(one["state"], one["generation"]) for one in status["companions"]]
+        live = [one["state"] for one in service.workers(generation)]
+        return states == [("accepting", generation)] * 2 and live == ["accepting"] * 2
+
+    with Service(tmp_path, app=None, probation="0s") as service:
+        wait_until(lambda: runs(1), "all run")
+        baseline = Baseline(service)
+        for number in range(2, TIMES + 2):
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            if number % 2:
+                wait_until(lambda expected=number: runs(expected), "all run")
+                for one in (service.workers(number)[0], service.status()["companions"][0]):
+                    os.kill(one["pid"], signal.SIGKILL)
+        wait_until(lambda: runs(TIMES + 1), "all run")
+        service.wait_for_generations(TIMES + 1)
+        baseline.assert_reached()
+        assert sum("memfd:kept" in name for name in open_files(service.pid)) == 4
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])

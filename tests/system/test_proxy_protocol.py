@@ -204,6 +204,33 @@ def test_tls_begins_behind_the_header(directory: Path) -> None:
             assert ask(wrapped, REQUEST) == SAID.replace(b"http", b"https")
 
 
+def test_what_came_in_the_clear_is_no_part_of_tls(directory: Path) -> None:
+    certificate(directory)
+    options = ("--proxy-protocol", "accept", "--tls-cert", "cert.pem", "--tls-key", "key.pem")
+    context = ssl.create_default_context(cafile=str(directory / "cert.pem"))
+    with Service(directory, *options) as service:
+        with connect(service) as connection:
+            connection.sendall(b"PRO")
+            with connect(service) as other, context.wrap_socket(other, server_hostname="localhost") as wrapped:
+                ask(wrapped, REQUEST)  # by now the three bytes were taken
+            with pytest.raises((ConnectionError, ssl.SSLEOFError)):
+                context.wrap_socket(connection, server_hostname="localhost")
+        service.stderr.wait_for(r"127\.0\.0\.1 sent neither a PROXY header nor TLS; the connection is closed")
+
+
+def test_a_connection_whose_header_is_awaited_is_what_a_drain_waits_for(directory: Path) -> None:
+    with Service(directory, "--proxy-protocol", "require") as service, connect(service) as late:
+        late.sendall(V1[:10])
+        with connect(service) as other:
+            ask(other, V1 + REQUEST)  # by now the first one was accepted
+        assert service.ask({"type": "reload"})["exit_code"] == 0
+        (worker,) = service.status(drain=True)["generations"][0]["workers"]
+        (hold,) = worker["holds"]
+        host, port = late.getsockname()
+        assert (hold["kind"], hold["peer"], hold["path"]) == ("connection", f"{host}:{port}", "no PROXY header yet")
+        assert ask(late, V1[10:] + REQUEST) == SAID
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

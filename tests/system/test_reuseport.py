@@ -147,17 +147,54 @@ def test_what_a_killed_worker_had_in_its_queue_is_answered_by_a_sibling(director
             connection.close()
 
 
-@pytest.mark.parametrize(
-    ("app", "problem"),
-    [
-        ("def main(worker): ...", "listen-mode reuseport: is for ASGI and WSGI applications; leave the option out"),
-    ],
-)
-def test_a_program_that_accepts_by_itself_is_refused(tmp_path: Path, app: str, problem: str) -> None:
+BLOCKING = "def main(worker): ..."
+BY_ITSELF = "async def main(worker):\n    await worker.ready()"
+
+
+@pytest.mark.parametrize("app", [BLOCKING, BY_ITSELF])
+def test_a_program_that_accepts_by_itself_is_refused(tmp_path: Path, app: str) -> None:
     (tmp_path / "main.py").write_text(app)
+    problem = "listen-mode reuseport: is for ASGI, for WSGI, and for programs on asyncio that accept with worker.serve"
     with Service(tmp_path, "--listen-mode", "reuseport", app="main:main").launch() as service:
         assert service.wait() == 1
         assert problem in service.stderr.finish()
+
+
+PROGRAM = """
+import asyncio
+
+class Answer(asyncio.Protocol):
+    slot = 0
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        head = b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: 1\\r\\n\\r\\n"
+        self.transport.write(head + b"%d" % Answer.slot)
+        self.transport.close()
+
+async def main(worker):
+    Answer.slot = worker.slot
+    await worker.serve(Answer, ["default"])
+"""
+
+
+def test_a_program_on_asyncio_loses_no_new_connection(directory: Path) -> None:
+    (directory / "main.py").write_text(PROGRAM)
+    options = ("--listen-mode", "reuseport", "--workers", str(WORKERS), "--bind", "unserved=127.0.0.1:0")
+    with Service(directory, *options, app="main:main") as service:
+        with Clients(lambda: exchange("127.0.0.1", service.port), 4) as clients:
+            disturb(service, clients, 1)
+        clients.assert_none_failed()
+        wait_until(lambda: bool(accepting(service)), "all workers accept")
+        pid = accepting(service)[0]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            answered = Counter(exchange("127.0.0.1", service.port) for _ in range(30))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert answered[0] == 0
 
 
 def test_a_port_that_another_has_is_refused_even_if_it_would_share(directory: Path) -> None:

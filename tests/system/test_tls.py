@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -66,6 +68,32 @@ def test_a_reload_takes_new_files_and_a_bad_pair_rolls_back(directory: Path) -> 
         ask(service, second).close()
 
 
+def test_a_generation_is_pinned_to_the_files_as_they_were(directory: Path) -> None:
+    first = trusting(directory)
+    with Service(directory, *PAIR, "--tls-ca", "cert.pem") as service:
+        first.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+        (directory / "cert.pem").write_text("half of a certificate")
+        (directory / "key.pem").unlink()
+        (pid,) = (one["pid"] for one in service.workers())
+        os.kill(pid, signal.SIGKILL)
+        service.stderr.wait_for("crash 1 in a row")
+        service.wait_for_generations(1)
+        ask(service, first).close()  # its replacement serves what its generation began with
+        answer = service.ask({"type": "reload"})
+        assert answer["exit_code"] == 3
+        assert "key.pem: does not exist" in answer["message"]
+        certificate(directory)
+        second = trusting(directory)
+        second.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+        assert service.ask({"type": "reload"})["exit_code"] == 0
+        service.wait_for_generations(3)
+        ask(service, second).close()
+        assert service.ask({"type": "rollback"})["exit_code"] == 0
+        service.wait_for_generations(4)
+        ask(service, first).close()
+        assert "PRIVATE" not in service.handoff("status", "--json").stdout
+
+
 def test_clients_must_show_a_certificate_where_a_ca_is_given(directory: Path) -> None:
     certificate(directory, "client-", subject="client")
     with Service(directory, *PAIR, "--tls-ca", "client-cert.pem") as service:
@@ -98,7 +126,9 @@ def test_a_handshake_that_is_under_way_is_waited_for_in_a_drain(directory: Path)
             plain.sendall(hello[:10])  # the worker has accepted it, and waits for the rest
             ask(service, trusting(directory)).close()
             assert service.ask({"type": "reload"})["exit_code"] == 0
-            assert [one["state"] for one in service.workers(1)] == ["draining"]
+            (worker,) = service.status(drain=True)["generations"][0]["workers"]
+            assert worker["state"] == "draining"
+            assert [hold["path"] for hold in worker["holds"]] == ["no TLS handshake yet"]
             plain.sendall(hello[10:])
             while True:
                 incoming.write(plain.recv(65536))
@@ -125,7 +155,7 @@ def test_a_handshake_that_is_under_way_is_waited_for_in_a_drain(directory: Path)
     [
         (("--tls-cert", "cert.pem"), "tls_cert: needs tls_key, which is not given; give both"),
         (("--tls-key", "key.pem"), "tls_key: needs tls_cert, which is not given; give both"),
-        (("--tls-cert", "gone.pem", "--tls-key", "key.pem"), "gone.pem: cannot be read (No such file or directory)"),
+        (("--tls-cert", "gone.pem", "--tls-key", "key.pem"), "gone.pem: does not exist; create it or give another"),
         (("--tls-cert", "main.py", "--tls-key", "key.pem"), "are no certificate and key in PEM"),
         ((*PAIR, "--tls-ca", "main.py"), "main.py: holds no certificates in PEM"),
         (("--tls-cert", "cert.pem", "--tls-key", "locked.pem"), "tls-key: is encrypted, and nobody is there to type"),

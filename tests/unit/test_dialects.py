@@ -78,3 +78,9 @@ def test_what_is_stored_follows_the_listeners() -> None:
 @pytest.mark.parametrize(("text", "name"), [("state 1", "state 1"), ("a:b", None), ("a\x01", None), ("x" * 256, None)])
 def test_the_name_of_an_fd_is_one_that_the_variable_can_hold(text: str, name: str | None) -> None:
     assert read_notification(f"FDSTORE=1\nFDNAME={text}".encode()).fd_name == name
+
+
+def test_words_are_lines_and_nothing_else_ends_a_line() -> None:
+    said = read_notification("STATUS=one\u2028READY=1\x0bWATCHDOG=1\rSTOPPING=1\nFDSTORE=1".encode())
+    assert (said.is_ready, said.is_alive, said.is_stopping, said.stores_fds) == (False, False, False, True)
+    assert said.status == "oneREADY=1WATCHDOG=1STOPPING=1"

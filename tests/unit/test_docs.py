@@ -241,3 +241,20 @@ def test_decisions_are_numbered_without_a_gap_and_have_the_three_parts() -> None
         text = path.read_text()
         assert text.startswith(f"# {path.name[:4]}: ")
         assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Context", "Decision", "Consequences"]
+
+
+# --- edge cases -----------------------------------------------------------------------------------------------------
+
+
+def test_every_edge_case_of_the_balancer_names_tests_that_are_there() -> None:
+    listed = [row for row in rows((ROOT / "docs" / "balancer-edge-cases.md").read_text()) if row[0].isdigit()]
+    assert [int(row[0]) for row in listed] == list(range(1, 25))
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    for number, _, _, tests in listed:
+        named = code_of(tests)
+        assert named, number
+        assert not set(named) - there, number

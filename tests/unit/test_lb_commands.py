@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from handoff.errors import HandoffError
+from lb.config import parse_config
+from lb.control import controller as controller_module
 from lb.control.admin import Door, may
+from lb.control.stored import MEMORY_NAME, initial_table, read_overrides
 from lb.core.admin import SOCKET_NAME
 from lb.core.table import Endpoint, Table
 from lb.page import CURRENT
@@ -89,6 +92,34 @@ def test_a_switch_is_answered_when_every_relay_worker_has_it_and_rollback_is_the
             status, answer = await command(running, "rollback", service="shop")
             assert (status, answer["revision"]) == (200, 3)
             assert one.tables[-1].routes["shop"].shares == {"blue": 100}
+
+    run(test)
+
+
+def test_a_switch_waits_for_a_relay_worker_that_has_lost_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_module, "RECONNECT_SECONDS", 0.0)
+
+    async def test() -> None:
+        async with (
+            backend() as blue,
+            backend() as green,
+            controller(config(blue, green=(green,)), tmp_path) as running,
+            relay(running.directory) as one,
+            relay(running.directory, slot=1) as other,
+        ):
+            for each in (one, other):
+                await each.table(is_up)
+            other.writer.close()
+            await other.until(lambda: other.is_closed)
+            switching = asyncio.ensure_future(command(running, "switch", service="shop", pool="green"))
+            await one.table(lambda table: table.routes["shop"].shares == {"green": 100})
+            assert (await status_of(running))["services"]["shop"]["revision"] == 2
+            assert not switching.done()
+            await other.connect()
+            assert (await switching)[0] == 200
+            assert other.tables[-1].routes["shop"].shares == {"green": 100}
 
     run(test)
 
@@ -279,7 +310,6 @@ def test_what_is_not_there_is_named_with_the_nearest_that_is(tmp_path: Path) -> 
                 ("drain", {"sever": "shop/b1"}, "unknown field `sever`"),
                 ("weight", {"server": "shop/b1", "weight": 1000}, "from 0 to 256"),
                 ("add", {"pool": "shop/blue", "name": "x", "address": "nowhere"}, "no port"),
-                ("add", {"pool": "shop/blue", "name": "x", "address": "127.0.0.1:1"}, "listens on itself"),
                 ("switch", {"service": "shop", "pool": "green", "percent": 0}, "from 1 to 100"),
             ]:
                 status, answer = await command(running, name, **fields)
@@ -288,6 +318,16 @@ def test_what_is_not_there_is_named_with_the_nearest_that_is(tmp_path: Path) -> 
             status, answer = await command(running, "explode")
             assert status == 404
             assert "drain, ready, maint" in answer["message"]
+
+    run(test)
+
+
+def test_a_backend_that_is_the_balancer_itself_is_not_added(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with backend() as blue, controller(config(blue), tmp_path) as running:
+            status, answer = await command(running, "add", pool="shop/blue", name="x", address="127.0.0.1:1")
+            assert (status, answer["exit_code"]) == (400, 2)
+            assert "listens on itself" in answer["message"]
 
     run(test)
 
@@ -310,6 +350,34 @@ def test_changes_hold_without_a_disk_and_say_that_they_are_not_durable(tmp_path:
             status, answer = await command(running, "weight", server="shop/b1", weight=3)
             assert answer["notes"] == []
             assert (await status_of(running))["is_durable"]
+
+    run(test)
+
+
+def test_a_change_that_is_not_durable_holds_over_the_death_of_the_controller_and_for_new_relay_workers(
+    tmp_path: Path,
+) -> None:
+    async def test() -> None:
+        (tmp_path / "state").write_text("a file where a directory should be")
+        text = config(closed_port(), green=(closed_port(),)).partition("[service.check]")[0]
+        memory = tmp_path / "run" / MEMORY_NAME
+        async with controller(text, tmp_path) as running:
+            assert (await command(running, "switch", service="shop", pool="green"))[0] == 200
+            with_it = initial_table(parse_config(text, "lb.toml"), 2, tmp_path / "run", tmp_path / "state")
+            assert with_it.routes["shop"].shares == {"green": 100}  # of the next generation
+            left = memory.read_bytes()
+        memory.write_bytes(left)  # what SIGKILL would have left
+        async with controller(text, tmp_path) as successor:
+            answer = await status_of(successor)
+            assert (answer["services"]["shop"]["revision"], answer["is_durable"]) == (2, False)
+            (tmp_path / "state").unlink()
+            assert (await command(successor, "weight", server="shop/blue/b1", weight=3))[1]["notes"] == []
+        saved = read_overrides(tmp_path / "state")
+        assert saved.services["shop"].revision == 2
+        assert saved.weights.keys() == {"shop/blue/b1"}
+        memory.write_bytes(left)  # of before: what is on the disk is later
+        with_both = initial_table(parse_config(text, "lb.toml"), 2, tmp_path / "run", tmp_path / "state")
+        assert endpoint(with_both, "blue/b1").weight == 3
 
     run(test)
 

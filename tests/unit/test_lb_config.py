@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
+from handoff.addresses import parse_bind
 from handoff.errors import UsageError
 from lb.check_files import refuse_missing
 from lb.config import parse_config
 from lb.core.model import Backend, Balancer, Check, Service, Timeouts
+from lb.own_addresses import is_same_address
 from lb.positions import Positions
 
 FULL = """
@@ -101,6 +104,12 @@ def test_everything_that_the_file_can_say() -> None:
         ("status = [200, 204]", "status = [204, 200]", "line 25: status: [204, 200]: expected the lowest first"),
         ("10.0.0.2:8000", "127.0.0.1:5433", "line 18: 127.0.0.1:5433 is an address that this balancer listens on"),
         ("10.0.0.2:8000", "127.0.0.1:8404", "line 18: 127.0.0.1:8404 is an address that this balancer listens on"),
+        (
+            "127.0.0.1:8404",
+            "10.0.0.9:8404",
+            "line 5: admin 10.0.0.9:8404: can be reached from other machines; set admin",
+        ),
+        ("127.0.0.1:8404", "[::]:8404", "line 5: admin [::]:8404: can be reached from other machines; set admin_token"),
         ('"127.0.0.1:5433"', '"udp:127.0.0.1:53"', 'line 32: listen: "udp:127.0.0.1:53": expected addresses of TCP'),
         ('name = "db"', 'name = "shop"', "line 31: shop is there twice; give each a name of its own"),
         ('listen = "127.0.0.1:5433"\n', "", "line 30: listen is missing"),
@@ -113,6 +122,40 @@ def test_each_mistake_is_told_with_its_line(old: str, new: str, problem: str) ->
         parse_config(FULL.replace(old, new, 1), "lb.toml")
     assert caught.value.message.startswith(f"lb.toml: {problem}")
     assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("listen", "backend"),
+    [
+        ("127.0.0.1:80", "127.0.0.1:80"),
+        ("127.0.0.1:80", "localhost:80"),
+        ("127.0.0.1:80", "0.0.0.0:80"),
+        ("127.0.0.1:80", "[::ffff:127.0.0.1]:80"),
+        ("[::1]:80", "[0::0:1]:80"),
+        ("0.0.0.0:80", "127.0.0.2:80"),
+        (":80", "0.0.0.0:80"),
+        ("[::]:80", "127.0.0.1:80"),
+        ("[::]:80", "localhost:80"),
+        ("unix:a.sock?mode=0660", "unix:./a.sock"),
+    ],
+)
+def test_an_own_listener_is_no_backend_however_it_is_written(listen: str, backend: str) -> None:
+    text = f'[[service]]\nname = "a"\nlisten = "{listen}"\n[service.pool.b]\nbackends = ["{backend}"]\n'
+    with pytest.raises(UsageError, match=r"line 5: .* is an address that this balancer listens on itself"):
+        parse_config(text, "lb.toml")
+    for other in (backend.replace(":80", ":81").replace("a.sock", "b.sock"), "198.51.100.1:80", "app.internal:80"):
+        parse_config(text.replace(f'["{backend}"]', f'["{other}"]'), "lb.toml")
+
+
+def test_behind_a_listener_on_all_addresses_none_of_this_machine_is_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener, own = parse_bind("0.0.0.0:80"), parse_bind("198.51.100.9:80")
+    assert not is_same_address(own, listener)
+    taken: list[object] = []
+    monkeypatch.setattr(socket.socket, "bind", lambda _, address: taken.append(address))
+    assert is_same_address(own, listener)
+    assert taken == [("198.51.100.9", 0)]
+    monkeypatch.setattr(Path, "read_text", lambda _: "1\n")
+    assert not is_same_address(own, listener), "where any address can be bound, that says nothing"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +275,30 @@ def test_each_mistake_in_a_check_is_told_with_its_line(old: str, new: str, probl
         parse_config(CHECKS.replace(old, new, 1), "lb.toml")
     assert caught.value.message.startswith(f"lb.toml: {problem}"), caught.value.message
     assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "problem"),
+    [
+        (None, 0, "cannot be read (No such file or directory)"),
+        (" \n", 0o600, "holds no token; write one line of 1 to 4096 characters"),
+        ("secret\n", 0o644, "can be read by everybody; chmod 600 it"),
+        ("secret\n", 0o600, ""),
+    ],
+)
+def test_a_token_file_that_is_no_use_is_said_before_anything_runs(
+    tmp_path: Path, text: str | None, mode: int, problem: str
+) -> None:
+    balancer = parse_config(FULL.replace('"127.0.0.1:8404"', '"0.0.0.0:8404"\nadmin_token_file = "token"'), "lb.toml")
+    if text is not None:
+        (tmp_path / "token").write_text(text)
+        (tmp_path / "token").chmod(mode)
+    if problem:
+        with pytest.raises(UsageError) as caught:
+            refuse_missing(balancer, "lb.toml", str(tmp_path))
+        assert caught.value.message == f"lb.toml: admin_token_file {tmp_path}/token: {problem}"
+    else:
+        refuse_missing(balancer, "lb.toml", str(tmp_path))
 
 
 def test_files_that_checks_need_are_looked_for(tmp_path: Path) -> None:

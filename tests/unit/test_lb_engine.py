@@ -159,6 +159,11 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made.close()
 
 
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
 def endpoint(backend: Backend | str, name: str = "a", **values: Any) -> Endpoint:
     address = backend if isinstance(backend, str) else backend.address
     return Endpoint(identity=f"shop/main/{name}@{address}#0", name=name, address=address, **values)
@@ -324,11 +329,25 @@ def test_a_client_that_leaves_the_queue_gives_up_its_place(rig: Rig, how: str) -
     rig.until(backend.look, "one is relayed")
     leaving = rig.client()
     rig.until(lambda: rig.engine.waiting, "one waits")
-    if how == "reset":
-        leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    leaving.close()
+    reset(leaving) if how == "reset" else leaving.close()
     rig.until(lambda: not rig.engine.waiting, "it has left")
     assert [line["end"] for line in rig.lines()] == ["CQ"]
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_client_that_has_asked_and_resets_gives_up_its_place_too(rig: Rig, has_ended: bool) -> None:
+    backend = rig.backend()
+    rig.serve(endpoint(backend, maxconn=1))
+    rig.client()
+    rig.until(backend.look, "one is relayed")
+    leaving = rig.client(b"question")
+    rig.until(lambda: rig.engine.waiting, "one waits")
+    if has_ended:
+        leaving.shutdown(socket.SHUT_WR)
+        rig.until(lambda: rig.loop.turn(0.005), "that is known")
+    reset(leaving)
+    rig.until(lambda: not rig.engine.waiting, "it has left")
+    assert backend.look() == 1
 
 
 def test_a_client_that_has_asked_and_ended_its_half_keeps_its_place(rig: Rig) -> None:
@@ -468,6 +487,18 @@ def test_who_is_not_trusted_needs_not_try_a_header(rig: Rig) -> None:
     assert backend.look() == 0
 
 
+@pytest.mark.parametrize("mode", ["require", "accept"])
+def test_who_is_gone_before_it_is_accepted_hurts_nobody_else(rig: Rig, mode: str) -> None:
+    backend = rig.backend()
+    rig.serve(endpoint(backend), accept_proxy=mode)
+    reset(rig.client(b"x"))  # getpeername(2) knows nothing of it any more
+    other = rig.client(encode_v1(("192.0.2.7", 1234), ("192.0.2.8", 80)) + b"question")
+    rig.until(lambda: backend.look() and rig.engine.waiting == 0, "the other one is relayed")
+    assert rig.read(backend.accepted[-1], 8) == b"question"
+    backend.accepted[-1].send(b"answer")
+    assert rig.read(other, 6) == b"answer"
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -553,6 +584,16 @@ def test_slow_start_gives_a_backend_that_came_back_less_at_first(rig: Rig) -> No
         rig.client()
         rig.until(lambda wanted=number + 1: warm.look() + cold.look() == wanted, "relayed")  # type: ignore[misc]
     assert (warm.look(), cold.look()) == (40, 4)  # a tenth of the weight
+
+
+def test_an_interface_that_is_not_there_is_one_backend_less_until_it_is(rig: Rig, tmp_path: Path) -> None:
+    backend, scoped = rig.backend(), "[fe80::1%none0]:80"
+    rig.serve(endpoint(scoped, "b"), endpoint(backend))
+    for number in range(1, 4):
+        rig.client()
+        rig.until(lambda wanted=number: backend.look() == wanted, "the other one has it")  # type: ignore[misc]
+    rig.serve(endpoint(scoped, "b"))
+    assert rig.read(rig.client()) == b"reset"
 
 
 @pytest.mark.parametrize(

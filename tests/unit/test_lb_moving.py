@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from handoff import Worker
 from handoff.core.proxy_protocol import encode_v2
 from lb.core.model import Timeouts
+from lb.core.table import Table
 from lb.page import CURRENT
 from lb.relay.letters import BadLetter, RelayLetter, decode, encode
 from lb.relay.moving import Moving
@@ -275,6 +277,34 @@ def test_a_letter_with_other_fds_than_it_says_is_refused(two: Two, caplog: pytes
     assert two.new.engine.connections == 0
 
 
+@pytest.mark.parametrize("fault", ["address", "no socket"])
+def test_a_relay_that_cannot_be_adopted_leaves_no_fd_and_no_count(
+    two: Two, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = two.new.backend()
+    two.serve(endpoint(backend))
+    two.old.client()
+    two.relayed(backend)
+    [relay] = two.old.engine.relays()
+    letter, _ = two.old.engine.letter(relay)
+    assert isinstance(letter, RelayLetter)
+    if fault == "address":  # of a release that knows other ones
+        letter = msgspec.structs.replace(
+            letter, identity="shop/main/x@far:9#1", address="far:9:9", counted_as="1.2.3.4"
+        )
+    ours, theirs = socket.socketpair()
+    fds = [ours.detach(), os.dup(theirs.fileno()) if fault == "address" else os.dup(0)]
+    two.post.letters = [(list(fds), encode(letter))]
+    two.moving(two.new).adopt_some()
+    assert not any(map(is_open, fds))
+    assert theirs.recv(1) == b"", "nobody holds the other end"
+    assert "could not be taken over" in caplog.text
+    assert two.new.engine.connections == 0
+    assert not two.new.engine._services["shop"].dispatcher.sources
+    assert [target.cells[CURRENT] for target in two.new.engine._targets] == [0]
+    theirs.close()
+
+
 def test_a_connection_of_a_service_that_is_gone_goes_on_by_its_old_limits(two: Two) -> None:
     backend = two.new.backend()
     two.old.serve(endpoint(backend), timeouts=Timeouts(idle_seconds=77.0))
@@ -290,3 +320,28 @@ def test_a_connection_of_a_service_that_is_gone_goes_on_by_its_old_limits(two: T
     client_of_nobody = two.new.client()
     assert two.new.read(client_of_nobody) == b"reset"
     assert two.new.engine.connections == 1
+
+
+def test_who_waits_for_a_service_that_is_gone_is_relayed_by_the_old_one_and_moves_then(two: Two) -> None:
+    backend = two.new.backend()
+    two.old.serve(endpoint(backend, maxconn=1))
+    two.new.serve()
+    two.new.engine._services.clear()
+    first = two.old.client()
+    two.relayed(backend)
+    second = two.old.client(b"second")
+    two.both(lambda: two.old.engine.waiting, "the second one waits")
+    two.old.engine.take(Table(generation=2, revision=1, routes={}))
+    moving = two.moving(two.old)
+    assert not moving.hand_over_some(("shop",))
+    two.moving(two.new).adopt_some()
+    assert not moving.hand_over_some(("shop",))
+    assert (two.old.engine.connections, two.old.engine.waiting, two.new.engine.connections) == (0, 1, 1)
+    hang_up(first, backend.accepted[0])
+    two.both(lambda: backend.look() == 2 and two.old.engine.connections, "the second one is relayed")
+    assert not moving.hand_over_some(("shop",))
+    two.moving(two.new).adopt_some()
+    assert (two.old.engine.connections, two.new.engine.connections) == (0, 1)
+    two.received(backend.accepted[1], b"second")
+    hang_up(second, backend.accepted[1])
+    two.new.until(lambda: two.new.engine.connections == 0, "it has ended")

@@ -125,6 +125,13 @@ def test_columns_stay_until_nobody_has_a_connection_there(page: Page) -> None:
     cells.release()
 
 
+def test_a_backend_that_comes_again_and_again_costs_nothing_more(tmp_path: Path) -> None:
+    page = Page(tmp_path / "connections")
+    page.take_row()
+    assert page.cells(page.column("a")) is page.cells(page.column("a"))
+    page.close()
+
+
 def test_of_a_backend_without_a_column_there_is_nothing_to_say(page: Page) -> None:
     assert page.sums("never seen") == (0,) * FIELDS
 

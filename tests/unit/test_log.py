@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from handoff.master import log as module
+from handoff import output as module
 from handoff.master.log import MAXIMUM_HELD_LINES, MAXIMUM_LINE_BYTES, MasterLog
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from handoff.master import spawn as spawn_module
+from handoff.master.command_check import CommandCheck
+from handoff.master.describing import Describing
 from handoff.master.loop import Loop, Order
 from handoff.master.processes import peer_groups
 from handoff.master.signals import SignalSocket
 from handoff.master.spawn import Command, spawn
+from handoff.settings import Launch, Settings
 
 
 def sleeper(channel: socket.socket, directory: Path) -> Command:
@@ -54,6 +57,27 @@ def test_a_signal_is_remembered_even_when_the_wakeup_socket_is_full() -> None:
         assert signals.read() == []
     finally:
         signals.close()
+
+
+def test_who_reaps_strangers_knows_the_processes_that_describe_and_check(tmp_path: Path) -> None:
+    before = children()
+    loop = Loop()
+    describing = Describing(loop)
+    words = ("sh", "-c", "sleep 1000")
+    launch = Launch(
+        overrides={}, directory=str(tmp_path), python="", config=None, env_file=None, describe=words, environment={}
+    )
+    ended: list[object] = []
+    with contextlib.closing(loop), socket.create_server(("127.0.0.1", 0)) as listener:
+        describing.start(launch, ended.append)
+        settings = Settings(name="web", command=("true",), check="/", check_timeout_seconds=1000)
+        check = CommandCheck(loop, [os.getpid()], listener.getsockname(), settings, ended.append)
+        assert {str(pid) for pid in describing.pids() | check.pids} == children() - before
+        describing.cancel()
+        check.close()
+        assert not describing.pids() | check.pids
+    assert children() == before
+    assert not ended
 
 
 def test_the_groups_of_a_peer_are_told() -> None:

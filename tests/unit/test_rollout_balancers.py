@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from handoff.errors import HandoffError, UsageError
 from handoff.run_directory import RunDirectory
-from lb.core.admin import SOCKET_NAME, Answer, Drain, Prepare, Ready, Switch
+from lb.core.admin import SOCKET_NAME, Answer, Drain, Prepare, Ready, Switch, Verify
 from lb.core.overrides import MAXIMUM_FENCES, Overrides, fenced
 from lb.rollout.balancers import DirectBalancer, RemoteBalancer, client_for
 from lb.rollout.transport import Unreachable, transport_for
@@ -105,6 +106,46 @@ def test_a_pool_that_is_not_healthy_is_not_prepared(tmp_path: Path) -> None:
             assert answer.message.startswith("shop/green is not healthy (g1 is ")
             gone = await socket_client(running).ask(Prepare(service="shop", pool="red"), 20)
             assert gone.exit_code == 5
+
+    run(test)
+
+
+def test_only_a_check_that_began_since_says_that_what_was_started_since_is_well(tmp_path: Path) -> None:
+    """The last check passed, and another server has come to the address."""
+
+    async def test() -> None:
+        answers = itertools.repeat(b"200 OK")
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 " + next(answers) + b"\r\nContent-Length: 0\r\n\r\n")
+
+        async with backend(serve) as up:
+            check = 'type = "http"\npath = "/"\ninterval = "1s"\nfast_interval = "10ms"\nfall = 100'
+            text = config(up).partition("[service.check]")[0] + f"[service.check]\n{check}\n"
+            async with controller(text, tmp_path) as running, relay(running.directory) as one:
+                await one.table(is_up)
+                client = socket_client(running)
+                assert (await client.ask(Verify(server="shop/b1", wait_seconds=20), 30)).exit_code == 0
+                assert (await client.ask(Drain(server="shop/b1"), 20)).exit_code == 0
+                answers = itertools.repeat(b"503 Sick")
+                known = (await client.status()).services["shop"].pools["blue"].backends["b1"].health
+                assert known == "up", "as far as anybody knows"
+                ready = await client.ask(Ready(server="shop/b1", wait_seconds=0.3, is_afresh=True), 20)
+                assert (ready.exit_code, "has passed no check since" in ready.message) == (4, True)
+                prepared = await client.ask(Prepare(service="shop", pool="blue", wait_seconds=0.3, is_afresh=True), 20)
+                assert prepared.exit_code == 9, "all of it is drained"
+                put_out = await client.ask(Verify(server="shop/b1", wait_seconds=0.3), 20)
+                assert put_out.exit_code == 0, "who was put out is not judged"
+                backends = (await client.status()).services["shop"].pools["blue"].backends
+                assert backends["b1"].administrative == "drain", "nothing was changed"
+                answers = itertools.repeat(b"200 OK")
+                ready = await client.ask(Ready(server="shop/b1", wait_seconds=20, is_afresh=True), 30)
+                assert ready.exit_code == 0
+                answers = itertools.repeat(b"503 Sick")
+                assert (await client.ask(Verify(server="shop/b1", wait_seconds=0.3), 20)).exit_code == 4
+                prepared = await client.ask(Prepare(service="shop", pool="blue", wait_seconds=0.3, is_afresh=True), 20)
+                assert (prepared.exit_code, "has passed no check since" in prepared.message) == (9, True)
 
     run(test)
 

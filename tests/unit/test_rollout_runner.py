@@ -7,28 +7,16 @@ import contextlib
 import itertools
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from handoff.errors import ExitCode, HandoffError
-from lb.core.admin import (
-    Answer,
-    BackendStatus,
-    Drain,
-    PoolStatus,
-    Prepare,
-    Ready,
-    Request,
-    ServiceStatus,
-    Status,
-    Switch,
-)
+from handoff.errors import HandoffError, UsageError
+from lb.core.desired import Desired
 from lb.core.rollout.model import Deploy, Host
 from lb.core.rollout.progress import Run, Verdict
-from lb.rollout.fleet import Fleet
 from lb.rollout.journal import Journal
 from lb.rollout.journal import Request as Wish
 from lb.rollout.report import Lines
@@ -36,149 +24,16 @@ from lb.rollout.runner import Paused
 from lb.rollout.session import Session
 from lb.rollout.stores.base import Fenced, Locked, StoreError
 from lb.rollout.stores.sqlite import SQLiteStore, since_boot
-from lb.rollout.transport import Done, Unreachable
+from tests.sim.rollout_world import World
 
 SECONDS = 30.0
 
 
-class PlayedHost:
-    """A transport. What it runs twice under one id, it runs once."""
-
-    def __init__(self, world: World, host: Host) -> None:
-        self.name = host.name
-        self._world = world
-
-    async def execute(
-        self, service: str, token: int, operation: str, command: str, timeout: float, *, retry_lost: bool = False
-    ) -> Done:
-        world = self._world
-        if self.name in world.unreachable:
-            raise Unreachable(f"host {self.name}: connection refused")
-        if token < world.tokens.get(self.name, 0):
-            raise HandoffError(f"{service} is fenced: token {token}", ExitCode.ABORTED)
-        world.tokens[self.name] = token
-        if operation not in world.kept:
-            if world.held is not None and world.held in command:
-                world.has_come.set()
-                await world.gate.wait()
-            world.log.append(command)
-            if "reload" in command:
-                world.sick.discard(self.name)
-                world.sick |= {self.name} & world.sick_after_reload
-            world.kept[operation] = Done(1 if command in world.failing else 0, f"output of {command}")
-        return world.kept[operation]
-
-    async def stop(self, service: str, token: int, operation: str, timeout: float) -> Done:
-        raise AssertionError("nothing is ended here")
-
-    async def request(self, argv: Sequence[str], stdin: bytes, timeout: float) -> bytes:
-        return b"v1\n"
-
-    async def aclose(self) -> None:
-        self._world.closed += 1
-
-
-class PlayedBalancer:
-    def __init__(self, world: World, name: str) -> None:
-        self.name = name
-        self._world = world
-        self.percents = {"blue": 100, "green": 0}
-        self.revision = 1
-        self.drained: set[str] = set()
-
-    async def status(self) -> Status:
-        if self.name in self._world.unreachable:
-            raise Unreachable(f"balancer {self.name}: connection refused")
-        pools: dict[str, dict[str, BackendStatus]] = {}
-        for host in self._world.deploy.hosts:
-            if host.server is not None:
-                name = host.server.rpartition("/")[2]
-                pools.setdefault(host.pool or "main", {})[name] = self._backend(host)
-        percents = self.percents if "blue" in pools else {"main": 100}
-        service = ServiceStatus(
-            listen=(),
-            algorithm="roundrobin",
-            revision=self.revision,
-            pools={name: PoolStatus(percent=percents[name], backends=backends) for name, backends in pools.items()},
-        )
-        return Status(
-            name="edge", generation=1, revision=1, is_durable=True, services={"shop": service}, relays=(), names={}
-        )
-
-    def _backend(self, host: Host) -> BackendStatus:
-        is_up = host.name not in self._world.sick
-        state = "drain" if host.server in self.drained else "ready"
-        return msgspec.convert(
-            {
-                **dict.fromkeys(("name", "address", "identity", "last_check", "override"), ""),
-                **dict.fromkeys(("connections", "total", "failed", "reset", "sent_bytes", "received_bytes"), 0),
-                "administrative": state,
-                "health": "up" if is_up else "down",
-                "is_ejected": False,
-                "weight": 1,
-                "is_eligible": is_up and state == "ready",
-                "backup": False,
-                "maxconn": None,
-                "since_seconds": 0,
-                "connect_seconds": 0,
-            },
-            BackendStatus,
-        )
-
-    async def ask(self, request: Request, timeout: float) -> Answer:
-        world = self._world
-        world.log.append(f"{self.name} {type(request).__name__.lower()}")
-        if self.name in world.unreachable:
-            raise Unreachable(f"balancer {self.name}: connection refused")
-        assert request.fence == "deploy/shop"
-        if request.token < world.tokens.get(self.name, 0):
-            return Answer(exit_code=7, message="is fenced")
-        world.tokens[self.name] = request.token
-        match request:
-            case Drain():
-                self.drained.add(request.server)
-            case Ready():
-                self.drained.discard(request.server)
-            case Prepare():
-                return Answer(exit_code=0, message="prepared", revision=self.revision)
-            case Switch():
-                if request.revision != self.revision:
-                    return Answer(exit_code=9, message=f"shop is at revision {self.revision} by now; nothing changed")
-                other = "green" if request.pool == "blue" else "blue"
-                self.percents = {request.pool: request.percent, other: 100 - request.percent}
-                self.revision += 1
-                if self.name in world.answers_lost:
-                    raise Unreachable(f"balancer {self.name}: connection lost")
-        return Answer(exit_code=0, message="done", revision=self.revision)
-
-    async def store_call(self, request: bytes, timeout: float) -> bytes:
-        raise AssertionError("the store is a file here")
-
-    async def aclose(self) -> None:
-        self._world.closed += 1
-
-
-class World:
-    """What hosts and balancers there are, what went on, what fails."""
-
-    def __init__(self, deploy: Deploy) -> None:
-        self.deploy = deploy
-        self.log: list[str] = []
-        self.kept: dict[str, Done] = {}
-        self.tokens: dict[str, int] = {}
-        self.failing: set[str] = set()
-        self.sick: set[str] = set()
-        self.sick_after_reload: set[str] = set()
-        self.unreachable: set[str] = set()
-        self.answers_lost: set[str] = set()
-        self.held: str | None = None
-        """Commands with this in them wait for the gate."""
-        self.gate, self.has_come = asyncio.Event(), asyncio.Event()
-        self.closed = 0
-        self.balancers = {name: PlayedBalancer(self, name) for name in deploy.balancers}
-
-    def fleet(self) -> Fleet:
-        return Fleet(self.deploy, self.balancers.__getitem__, lambda host: PlayedHost(self, host))
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lb.rollout.transport.REPEAT_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("lb.rollout.runner.STORE_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("lb.rollout.actions.POLL_SECONDS", 0.01)
 
 
 def rolling(**fields: object) -> Deploy:
@@ -289,7 +144,7 @@ def test_an_unhealthy_new_version_goes_back(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         bench.world.sick_after_reload = {"a"}
         assert await bench.deploy_version() is Verdict.PARTIAL, "the old one is as sick"
-        assert "a: is down on lb1" in bench.run().note
+        assert "a on lb1: shop/a is down" in bench.run().note
         bench.world.sick = set()  # somebody has mended it
         assert await bench.resume() is Verdict.ROLLED_BACK
 
@@ -312,14 +167,95 @@ def test_blue_green_switches_all_balancers_and_one_rollback_switches_back(tmp_pa
 
 def test_a_balancer_that_is_cut_off_in_a_switch_is_led_back_when_it_is_there_again(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
-        bench.world.answers_lost = {"lb2"}
-        assert await bench.deploy_version() is Verdict.PARTIAL, "nor does its way back answer"
+        bench.world.cut_off_at_switch = {"lb2"}
+        assert await bench.deploy_version() is Verdict.PARTIAL, "its way back does not answer"
         assert bench.world.balancers["lb1"].percents["blue"] == 100
-        bench.world.answers_lost = set()
+        assert bench.world.balancers["lb2"].percents["green"] == 100
+        assert "discard green" not in bench.world.log, "it still gets connections from there"
+        bench.world.cut_off_at_switch, bench.world.unreachable = set(), set()
         assert await bench.resume() is Verdict.ROLLED_BACK
+        assert bench.world.balancers["lb2"].percents["blue"] == 100
+        assert bench.world.log[-1] == "discard green"
+
+    play(tmp_path, pools(discard="discard {host}"), scenario)
+
+
+def test_a_switch_whose_answer_is_lost_was_done_once(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.answers_lost = {"lb2"}
+        assert await bench.deploy_version() is Verdict.COMMITTED
+        assert [one.percents["green"] for one in bench.world.balancers.values()] == [100, 100]
+        assert bench.world.log.count("lb2 switch") == 1
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_a_switch_that_an_operator_made_meanwhile_stays(tmp_path: Path) -> None:
+    """By compare and swap it is refused; and what was refused is not led back."""
+
+    async def scenario(bench: Bench) -> None:
+        operated = bench.world.balancers["lb1"]
+        bench.world.after["lb2 prepare"] = lambda: operated.switch("red", 100)
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert "shop is at revision 2 by now" in bench.run().reason
+        assert (operated.percents["red"], operated.revision) == (100, 2)
         assert bench.world.balancers["lb2"].percents["blue"] == 100
 
     play(tmp_path, pools(), scenario)
+
+
+def test_what_was_on_its_way_when_the_run_turned_back_is_refused_when_it_arrives(tmp_path: Path) -> None:
+    """The question for a switch is lost for us, and comes when the switch was led back, as it seems."""
+
+    async def scenario(bench: Bench) -> None:
+        late = bench.world.balancers["lb2"]
+        late.is_slow_to_switch = True
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert late.slow
+        assert {late._answer(one).exit_code for one in late.slow} == {7}
+        assert late.percents["blue"] == 100
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_a_switch_that_was_thought_lost_and_comes_before_the_second_question_counts(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        late = bench.world.balancers["lb2"]
+        late.is_slow_to_switch = True
+
+        def arrive() -> None:
+            late.is_slow_to_switch = False
+            late._answer(late.slow.pop())
+
+        bench.world.before["lb2 switch"] = lambda: arrive() if late.slow else None
+        assert await bench.deploy_version() is Verdict.COMMITTED
+        assert (late.percents["green"], late.revision) == (100, 2)
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_a_balancer_that_says_it_has_switched_and_has_not_is_not_believed(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.liars = {"lb2"}
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert bench.run().reason == "lb2: says that it has switched to green, and shows that it has not"
+
+    play(tmp_path, pools(), scenario)
+
+
+def test_a_balancer_that_is_switched_by_somebody_in_the_bake_ends_it(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        looks = itertools.count()
+
+        def look(name: str) -> None:
+            if name == "lb1" and "lb1 switch" in bench.world.log and next(looks) == 2:
+                bench.world.balancers["lb1"].switch("blue", 100)
+
+        bench.world.on_look = look
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert bench.run().reason == "lb1: new connections are not divided any more as this rollout has it"
+
+    play(tmp_path, pools(bake_seconds=5.0), scenario)
 
 
 def test_a_dead_balancer_is_left_out_by_name_and_that_is_journalled(tmp_path: Path) -> None:
@@ -485,7 +421,37 @@ def test_without_its_store_a_run_stops_with_a_clear_word(tmp_path: Path) -> None
             with pytest.raises(StoreError, match="store lb1: connection refused"):
                 await first
 
+    play(tmp_path, rolling(lock_seconds=0.5), scenario)
+
+
+def test_a_store_that_does_not_answer_for_a_moment_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether its answer was lost, or its question."""
+
+    async def scenario(bench: Bench) -> None:
+        writes = itertools.count()
+        with bench.session() as session:
+            real = session.store.txn
+
+            def often_lost(*arguments: object, **named: object) -> int | None:
+                number = next(writes)
+                if number % 5 == 1:
+                    raise StoreError("store lb1: connection refused")
+                found = real(*arguments, **named)  # type: ignore[arg-type]
+                if number % 5 == 3:
+                    raise StoreError("store lb1: connection lost")
+                return found
+
+            async with session.locked() as lease:
+                run = await session.begin("v2")
+                session.store.txn = often_lost  # type: ignore[method-assign, assignment]
+                assert await session.work(lease, run, is_new=True) is Verdict.COMMITTED
+        assert len(bench.world.log) == len(set(bench.world.log)), "nothing twice"
+        assert next(writes) > 40
+
     play(tmp_path, rolling(), scenario)
+    assert "store lb1: connection lost; asked again for 60 s" in capsys.readouterr().out
 
 
 def test_the_time_of_a_run_is_told_in_its_history(tmp_path: Path) -> None:
@@ -497,3 +463,96 @@ def test_the_time_of_a_run_is_told_in_its_history(tmp_path: Path) -> None:
         assert began <= run.began_at <= run.ended_at <= time.time()
 
     play(tmp_path, rolling(), scenario)
+
+
+def test_the_newest_is_the_newest_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert await bench.deploy_version("v2") is Verdict.COMMITTED
+        now = time.time()
+        monkeypatch.setattr("lb.rollout.session.time.time", lambda: now - 86400)
+        assert await bench.deploy_version("v3") is Verdict.COMMITTED
+        with bench.session() as session:
+            assert [one.version for one in session.journal.runs()] == ["v3", "v2"]
+        assert await bench.rollback() is Verdict.COMMITTED
+        assert set(bench.versions().values()) == {"v2"}
+
+    play(tmp_path, rolling(current="cat version"), scenario)
+
+
+def test_a_dead_balancer_is_left_out_from_the_start_and_that_is_journalled(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.unreachable = {"lb2"}
+        with bench.session() as session:
+            async with session.locked() as lease:
+                with pytest.raises(UsageError, match="--without-balancer lb3: there are lb1, lb2"):
+                    await session.begin("v2", ["lb3"])
+                run = await session.begin("v2", ["lb2"])
+                assert await session.work(lease, run, is_new=True) is Verdict.COMMITTED
+        assert list(bench.run().without) == ["lb2"]
+        assert bench.run().deploy.balancers == ("lb1", "lb2")
+        assert not any(line.startswith("lb2") for line in bench.world.log)
+
+    play(tmp_path, rolling(drain=True), scenario)
+
+
+def test_what_stopped_by_policy_goes_on_or_back_when_somebody_says_so(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.world.failing = {"activate v2 b"}
+        assert await bench.deploy_version() is Verdict.PARTIAL
+        assert await bench.resume() is Verdict.PARTIAL, "it fails again"
+        bench.world.failing = set()
+        assert await bench.resume() is Verdict.COMMITTED
+        assert bench.world.log.count("stage v2 b") == 1
+        assert bench.world.log.count("activate v2 b") == 3
+        bench.world.failing = {"activate v3 b"}
+        assert await bench.deploy_version("v3") is Verdict.PARTIAL
+        with bench.session() as session:
+            async with session.locked() as lease:
+                found = await session.resumable(())
+                assert await session.work(lease, found, is_new=False, aborted_by="bob") is Verdict.ABORTED
+        assert bench.versions() == dict.fromkeys("abc", "v2")
+
+    play(tmp_path, rolling(on_failure="stop", current="cat version"), scenario)
+
+
+def test_who_goes_on_with_a_run_asks_anew_who_may_be_out_of_service(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        async def killed() -> None:
+            bench.world.held = "activate v2 b"
+            first = asyncio.ensure_future(bench.deploy_version())
+            await bench.world.has_come.wait()
+            first.cancel()
+            await asyncio.wait([first])
+
+        await killed()
+        bench.world.held = None
+        bench.world.sick = {"c"}  # meanwhile
+        assert await bench.resume() is Verdict.PARTIAL
+        assert "budget: c out of service; max_unavailable is 1" in bench.run().note
+        assert "reload b" not in bench.world.log
+        bench.world.sick = set()
+        assert await bench.resume() is Verdict.ROLLED_BACK
+        assert bench.versions() == {"a": "v1", "b": "v1"}
+
+    play(tmp_path, rolling(current="cat version"), scenario)
+
+
+def test_where_connections_are_to_go_is_told_to_balancers_that_look_there(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        def told() -> Desired:
+            with bench.session() as session:
+                entry = session.store.get("desired/shop")
+                assert entry is not None
+                return msgspec.json.decode(entry.value, type=Desired)
+
+        bench.world.liars = {"lb2"}
+        tokens: list[int] = []
+        bench.world.after["lb1 switch"] = lambda: tokens.append(told().token) if told().pool == "green" else None
+        assert await bench.deploy_version() is Verdict.ROLLED_BACK
+        assert (told().pool, told().percent, told().who) == ("blue", 100, f"rollout {bench.run().id}")
+        assert told().token > tokens[0] > 0
+        bench.world.liars = set()
+        assert await bench.deploy_version("v3") is Verdict.COMMITTED
+        assert told().pool == "green"
+
+    play(tmp_path, pools(), scenario)

@@ -158,14 +158,16 @@ def batch_groups(
         ]
 
     groups: list[tuple[str, Sequence[Step]]] = []
-    if names:
-        budget = Step(id=f"{prefix}.budget", kind=Kind.BUDGET, hosts=names, seconds=deploy.check_timeout_seconds)
-        groups.append((f"{title}: may be out of service", [budget]))
+    budget = Step(id=f"{prefix}.budget", kind=Kind.BUDGET, hosts=names, seconds=deploy.check_timeout_seconds)
+    may_be_out = (f"{title}: may be out of service", [budget] if names else [])
     if deploy.drain:
+        groups.append(may_be_out)
         groups.append((f"{title}: drain", at_balancers(Kind.DRAIN, deploy.drain_timeout_seconds)))
     if with_stage:
         groups.append((f"{title}: stage", on_hosts(deploy, prefix, Kind.STAGE, deploy.stage, hosts, versions)))
     groups.append((f"{hosts[0].name}: once", on_hosts(deploy, prefix, Kind.ONCE, once, hosts[:1], versions)))
+    if not deploy.drain:  # who changes in service is touched now only, and what was seen long ago is not enough
+        groups.append(may_be_out)
     groups.append((f"{title}: activate", on_hosts(deploy, prefix, Kind.ACTIVATE, deploy.activate, hosts, versions)))
     groups.append((f"{title}: reload", on_hosts(deploy, prefix, Kind.RELOAD, deploy.reload, hosts, versions)))
     up = Kind.READY if deploy.drain else Kind.HEALTHY
@@ -236,7 +238,14 @@ def switch_groups(
         )
         made.append(Group(title=f"{pool}: switch to {percent} %", steps=switched))
         if deploy.bake_seconds:
-            bake = Step(id=f"bake{percent}", kind=Kind.BAKE, hosts=hosts, pool=pool, seconds=deploy.bake_seconds)
+            bake = Step(
+                id=f"bake{percent}",
+                kind=Kind.BAKE,
+                hosts=hosts,
+                pool=pool,
+                percent=percent,
+                seconds=deploy.bake_seconds,
+            )
             made.append(Group(title=f"{pool}: bake at {percent} %", steps=(bake,)))
     return made
 

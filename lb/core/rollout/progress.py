@@ -9,7 +9,7 @@ import msgspec
 
 from handoff.errors import ExitCode
 from lb.core.rollout.model import Deploy
-from lb.core.rollout.plan import ON_HOSTS, VERSIONED, Group, Kind, Plan, Seen, Step
+from lb.core.rollout.plan import CHANGING, ON_HOSTS, VERSIONED, Group, Kind, Plan, Seen, Step
 from lb.core.rollout.undo import Past, lost_hosts, undo
 
 
@@ -54,6 +54,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why it failed, what was seen. Never what a command printed."""
     revision: int | None = None
     """Of the service at a balancer, behind the step."""
+    is_overtaken: bool = False
+    """Somebody else has switched the balancer: nothing of ours was changed there, nor can be."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -75,7 +77,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the way back."""
     is_aborted: bool = False
     attempt: int = 1
-    """Of what failed on the way back."""
+    """Of what failed before."""
     without: dict[str, str] = {}
     """Balancers that are left out, and by whom."""
     verdict: Verdict | None = None
@@ -114,8 +116,8 @@ def what_next(run: Run, records: Records) -> Next:
     notes = []
     for group in run.plan:
         steps = _wanted(run, group)
-        failed = [one for one in steps if _state(records, one) is State.FAILED]
-        missing = [one for one in steps if _state(records, one) in (None, State.BEGUN)]
+        failed = [one for one in steps if _has_failed(run, records, one)]
+        missing = [one for one in steps if one not in failed and _state(records, one) is not State.DONE]
         if failed and not group.is_after_commit:
             missing = _unsettled(missing, records)
         if missing:
@@ -140,8 +142,7 @@ def turned_back(run: Run, records: Records, reason: str, is_aborted: bool = Fals
 
 
 def tried_again(run: Run) -> Run:
-    """A run that ended as partial on its way back takes up what had failed."""
-    assert run.back is not None
+    """A run that ended as partial, stopped or on its way back, takes up what had failed."""
     return msgspec.structs.replace(run, attempt=run.attempt + 1, verdict=None, ended_at=None, note="")
 
 
@@ -155,9 +156,24 @@ def _unsettled(steps: Iterable[Step], records: Records) -> list[Step]:
     return [one for one in steps if one.kind in ON_HOSTS and _state(records, one) is State.BEGUN]
 
 
+def seen_again(run: Run, records: Records) -> dict[str, Record]:
+    """Of a run that somebody takes up: who may be out of service is asked anew for hosts that are yet to change. Much
+    may have happened since it was seen."""
+    kept = dict(records)
+    for way in (run.plan, run.back or ()):
+        changing: set[str] = set()
+        for group in reversed(way):
+            for step in group.steps:
+                if step.kind in CHANGING and _state(records, step) is not State.DONE:
+                    changing.add(step.host)
+                if step.kind is Kind.BUDGET and changing & set(step.hosts):
+                    kept.pop(step.id, None)
+    return kept
+
+
 def past(records: Records) -> Past:
     return Past(
-        begun=frozenset(records),
+        begun=frozenset(step for step, record in records.items() if not record.is_overtaken),
         done=frozenset(step for step, record in records.items() if record.state is State.DONE),
     )
 
@@ -166,14 +182,15 @@ def _on_the_way_back(run: Run, way: Plan, records: Records) -> Next:
     """What fails ends only the way of its own host, or balancer."""
     broken: dict[str, str] = {}
     for group in way:
+        is_whole = not broken
         missing = []
         for step in _wanted(run, group):
-            record = records.get(step.id)
-            is_old = record is not None and record.state is State.FAILED and record.attempt < run.attempt
-            if record is not None and record.state is State.FAILED and not is_old:
+            if _has_failed(run, records, step):
                 for name in _whose(step):
-                    broken.setdefault(name, record.note)
-            elif (record is None or record.state is State.BEGUN or is_old) and not broken.keys() & set(_whose(step)):
+                    broken.setdefault(name, records[step.id].note)
+            elif _state(records, step) is State.DONE or broken.keys() & set(_whose(step)):
+                continue
+            elif is_whole or step.kind is not Kind.DISCARD:  # a balancer that does not answer may still lead there
                 missing.append(step)
         if missing:
             return Do(group.title, tuple(missing))
@@ -192,6 +209,12 @@ def _whose(step: Step) -> tuple[str, ...]:
 
 def _wanted(run: Run, group: Group) -> list[Step]:
     return [step for step in group.steps if step.balancer not in run.without]
+
+
+def _has_failed(run: Run, records: Records, step: Step) -> bool:
+    """In this attempt."""
+    record = records.get(step.id)
+    return record is not None and record.state is State.FAILED and record.attempt >= run.attempt
 
 
 def _state(records: Records, step: Step) -> State | None:
@@ -225,6 +248,12 @@ def versions_after(run: Run, records: Records) -> dict[str, str]:
             if step.kind in VERSIONED and step.id in done:
                 found[step.host] = step.version
     return found
+
+
+def how_far(run: Run, records: Records) -> tuple[int, int]:
+    """Steps that are done, and all of them, on the way that it takes."""
+    steps = [step for group in (run.plan if run.back is None else run.back) for step in _wanted(run, group)]
+    return sum(_state(records, step) is State.DONE for step in steps), len(steps)
 
 
 def can_turn_back(run: Run, records: Records) -> bool:

@@ -27,6 +27,11 @@ def versioned_hosts(plan: Plan, past: Past) -> set[str]:
     return {step.host for step in _begun(plan, past) if step.kind in VERSIONED}
 
 
+def switched_balancers(plan: Plan, past: Past) -> list[str]:
+    """Those that may have been."""
+    return list(dict.fromkeys(step.balancer for step in _begun(plan, past) if step.kind is Kind.SWITCH))
+
+
 def lost_hosts(plan: Plan, past: Past, seen: Seen) -> list[str]:
     """Those that have the new version, and nobody knows which one they had: they stay as they are."""
     return sorted(versioned_hosts(plan, past) - seen.previous.keys())
@@ -63,8 +68,7 @@ def _rolling(deploy: Deploy, plan: Plan, past: Past, seen: Seen, balancers: Sequ
 
 def _pooled(deploy: Deploy, plan: Plan, past: Past, seen: Seen) -> Plan:
     """All new connections to the old pool again, then the new one is given up."""
-    begun = _begun(plan, past)
-    switched = list(dict.fromkeys(step.balancer for step in begun if step.kind is Kind.SWITCH))
+    begun, switched = _begun(plan, past), switched_balancers(plan, past)
     back = tuple(
         Step(
             id=f"undo.switch.{number}",

@@ -1,0 +1,69 @@
+"""Addresses: which of them lead back to the balancer, that would relay to itself until nothing is left; which lead to
+other machines."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+from handoff.addresses import Bind, parse_bind
+from lb.core.model import Balancer, Service
+
+_IP = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def is_own_address(balancer: Balancer, bind: Bind) -> bool:
+    """What is sent there comes back to this balancer."""
+    return any(is_same_address(bind, one) for one in own_addresses(balancer.services, balancer.admin))
+
+
+def own_addresses(services: tuple[Service, ...], admin: str | None) -> list[Bind]:
+    own = [parse_bind(one) for service in services for one in service.listen]
+    return [*own, parse_bind(admin)] if admin else own
+
+
+def is_same_address(backend: Bind, listener: Bind) -> bool:
+    """What is sent to the one arrives at the other. Names are unknown here, but for localhost."""
+    if backend.kind != listener.kind:
+        return False
+    if backend.kind == "unix":
+        return os.path.normpath(backend.path) == os.path.normpath(listener.path)
+    if backend.kind != "tcp" or backend.port != listener.port:
+        return False
+    target, own = _ip(backend.host), _ip(listener.host)
+    if own is None or target is None:
+        is_local_name = backend.host == "localhost" and (own is None or own.is_loopback or own.is_unspecified)
+        return is_local_name or backend.host == listener.host
+    if own.is_unspecified:
+        return target.is_loopback or target.is_unspecified or _is_of_this_machine(target)
+    return target == own or (target.is_unspecified and own.is_loopback)  # ip(7): who connects to "any" reaches itself
+
+
+def is_exposed(listener: Bind) -> bool:
+    """Other machines may reach it. Of a name that is not known before it is bound."""
+    address = _ip(listener.host) if listener.kind == "tcp" else None
+    return address is not None and not address.is_loopback
+
+
+def _ip(host: str) -> _IP | None:
+    """None: a name."""
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return (found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None) or found
+
+
+def _is_of_this_machine(ip: _IP) -> bool:
+    """It can be bound, and not only because the machine allows that of any address, as it may for virtual IPs."""
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    try:
+        if Path(f"/proc/sys/net/ipv{ip.version}/ip_nonlocal_bind").read_text().strip() != "0":
+            return False
+        with socket.socket(family, socket.SOCK_DGRAM) as made:
+            made.bind(socket.getaddrinfo(str(ip), 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0][4])
+    except OSError:
+        return False
+    return True
