@@ -58,13 +58,13 @@ class Description:
                 raise HandoffError(f"describe: {self._shown}: cannot be started ({error.strerror})") from None
             undo.pop_all()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def fileno(self) -> int:
         """Readable when the command has ended."""
         return self._pidfd
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def finish(self) -> dict[str, Any]:
         """What it printed, after its end; one that has not ended by now is too slow, and is killed.

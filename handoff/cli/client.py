@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 
 import msgspec
@@ -19,11 +20,15 @@ def ask(service: RunDirectory, request: Request, timeout_seconds: float | None =
     """Send the request and wait for its answer. Raises HandoffError, TIMED_OUT when it does not come in time."""
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        if timeout_seconds is not None:  # a timeout of Python's would be EAGAIN at once where the queue is full
+            seconds, part = divmod(timeout_seconds, 1.0)
+            limit = struct.pack("ll", int(seconds), max(1, int(part * 1e6)))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             connection.connect(service.control_socket_path)
             connection.sendall(msgspec.json.encode(request) + b"\n")
             line = _read_line(connection, deadline)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):  # the latter from a queue that stayed full (unix(7))
             text = f"service {service.name}: no answer within {timeout_seconds:g} s; it goes on; ask handoff status"
             raise HandoffError(text, ExitCode.TIMED_OUT) from None
         except PermissionError:

@@ -17,6 +17,7 @@ from handoff.inherited import take_inherited
 from handoff.master.limits import raise_fd_limit
 from handoff.master.master import serve
 from handoff.master.parent import take_notify_address
+from handoff.master.signals import undo_inherited
 from handoff.resolve import clean_environment, make_launch
 from handoff.run_directory import RunDirectory, run_directory_root
 
@@ -149,6 +150,7 @@ def run(**options: Any) -> int:
     inherited = take_inherited(os.environ, os.getpid())
     notify_address = take_notify_address(os.environ)
     raise_fd_limit()
+    undo_inherited()
     launch = describe(launch)
     # Everything that was typed is judged before the service's directory is touched.
     settings = load_settings(launch, launch.directory, clean_environment(os.environ))

@@ -99,6 +99,7 @@ class GenerationRecord:
     traceback: str = ""
     exit_code: int = 0
     is_verdict_given: bool = False
+    is_squeezed: bool = False
     notes: list[str] = field(default_factory=list)
     """For the verdict of a commit."""
     respawns: dict[int, Respawn] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from handoff.core.fleet import Fleet
 from handoff.core.generation import GenerationEvent, GenerationRecord, GenerationState, Timings
 from handoff.core.machine import IllegalTransition
 from handoff.core.respawn import STABLE_SECONDS, Respawn
+from handoff.core.scaling import Scaling
 from handoff.core.vocabulary import (
     Action,
     Committed,
@@ -43,6 +44,9 @@ from handoff.core.worker import MAY_HOLD_CONNECTIONS, WorkerEvent, WorkerRecord,
 from handoff.errors import ExitCode
 
 MAXIMUM_WORKERS = 256
+SQUEEZE_SECONDS = 2.0
+"""What a generation that is one too many still has: connections move in a fraction of it (one that has only just begun
+to drain would lose them all), and short requests end."""
 _ROUNDS = 50
 """Reconciling settles within a few rounds; more than this is our mistake."""
 
@@ -63,9 +67,7 @@ class Supervisor:
         self.last_verdict: Verdict | None = None
         self._pending: Pending | None = None
         self._stop_requests: list[int] = []
-        self._scale: tuple[int, int] | None = None
-        """Workers asked for by a scale, and what the configuration said then."""
-        self._scale_requests: list[int] = []
+        self._scaling = Scaling()
         self._first_failure: Verdict | None = None
         self._now = 0.0
 
@@ -187,7 +189,7 @@ class Supervisor:
         if worker is None:
             return
         was_unexpected = worker.fills_slot or bool(worker.failure)
-        reason = worker.failure or _exit_reason(worker, event.how)
+        reason = worker.failure or worker.exit_reason(event.how)
         self.fleet.move(worker, WorkerEvent.EXIT, event.how)
         del self.fleet.workers[worker.worker]
         record = self.fleet.generations[worker.generation]
@@ -268,11 +270,9 @@ class Supervisor:
             text = f"scale: {wanted} workers: must be between 1 and {MAXIMUM_WORKERS}"
             self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
             return
-        if self._scale_requests:
-            self._answer(self._scale_requests, ExitCode.REFUSED, "scale: superseded by a later one", is_reload=False)
         record.workers_wanted = wanted
-        self._scale = (wanted, record.timings.workers)
-        self._scale_requests = requests
+        superseded = self._scaling.ask(wanted, record.timings.workers, requests)
+        self._answer(superseded, ExitCode.REFUSED, "scale: superseded by a later one", is_reload=False)
 
     def _stop_requested(self, event: StopRequested, now: float) -> None:
         requests = [] if event.request is None else [event.request]
@@ -319,35 +319,38 @@ class Supervisor:
         if record is None or not record.is_starting:
             return  # a stop came in between
         record.timings, record.label = event.timings, event.label
-        record.workers_wanted = self._workers_wanted(event.timings)
+        record.workers_wanted = self._scaling.workers(event.timings.workers)
         self.fleet.move_generation(record, GenerationEvent.PREPARED)
-        self._squeeze(event.timings.max_generations, now)
         room = self._room(record)
         if room < record.wave:
             text = f"generation {record.generation}: the surge leaves room for {room} workers; waits for drains to end"
             self.fleet.actions.append(LogWarning(text))
 
-    def _workers_wanted(self, timings: Timings) -> int:
-        """A scale holds over reloads until the configured number changes: an edit wins over a stale override."""
-        if self._scale is not None and self._scale[1] == timings.workers:
-            return self._scale[0]
-        return timings.workers
-
     def _drop_stale_scale(self, timings: Timings) -> None:
         """Only at the commit: a reload that is rolled back changes nothing."""
-        if self._scale is None or self._scale[1] == timings.workers:
-            return
-        text = f"workers: the configuration now says {timings.workers}; the scale to {self._scale[0]} is dropped"
-        self.fleet.actions.append(LogWarning(text))
-        requests, self._scale, self._scale_requests = self._scale_requests, None, []
-        self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
+        dropped = self._scaling.drop_stale(timings.workers)
+        if dropped is not None:
+            text, requests = dropped
+            self.fleet.actions.append(LogWarning(text))
+            self._answer(requests, ExitCode.REFUSED, text, is_reload=False)
 
-    def _squeeze(self, limit: int, now: float) -> None:
-        """Live generations are capped: the oldest that drain end now."""
+    def _squeeze(self, now: float) -> None:
+        """Generations are capped: while there are too many, the oldest that drain are to end soon."""
+        starting = self.fleet.starting()
+        record = starting if starting is not None and starting.timings is not None else self._live()
+        if record is None or record.timings is None:
+            return
+        limit = record.timings.max_generations
         leaving = self.fleet.in_state(_G.DRAINING, _G.ABORTING)
-        for record in leaving[: max(0, len(self.fleet.generations) - limit)]:
-            for worker in self.fleet.workers_of(record.generation):
-                self.fleet.dismiss(worker, 0.0, now, f"more than {limit} generations")
+        for oldest in leaving[: max(0, len(self.fleet.generations) - limit)]:
+            if oldest.is_squeezed:
+                continue
+            oldest.is_squeezed = True
+            reason = f"more than {limit} generations"
+            text = f"generation {oldest.generation} is ended early: {reason}; reloads come faster than drains end"
+            self.fleet.actions.append(LogWarning(text))
+            for worker in self.fleet.workers_of(oldest.generation):
+                self.fleet.dismiss(worker, SQUEEZE_SECONDS, now, reason)
 
     def _fail(
         self,
@@ -373,6 +376,7 @@ class Supervisor:
                     self._expire(worker, now)
             for record in list(self.fleet.generations.values()):
                 self._step(record, now)
+            self._squeeze(now)
             self._start_pending(now)
             self._answer_scale()
             self._finish()
@@ -447,7 +451,9 @@ class Supervisor:
         record.committed_at = now
         opened = record.wave
         self._drop_stale_scale(record.timings)
-        record.workers_wanted = self._workers_wanted(record.timings)  # a scale may have come since it was prepared
+        record.workers_wanted = self._scaling.workers(
+            record.timings.workers
+        )  # a scale may have come since it was prepared
         superseded = self._live()
         if superseded is not None:
             self.previous = superseded.generation
@@ -566,24 +572,24 @@ class Supervisor:
 
     def _answer_scale(self) -> None:
         record = self._live()
-        if record is None or not self._scale_requests:
+        if record is None or not self._scaling.is_waited_for:
             return
         workers = [worker for worker in self.fleet.workers_of(record.generation) if worker.fills_slot]
         accepting = sum(worker.state is _W.ACCEPTING for worker in workers)
         if accepting == len(workers) == record.workers_wanted:
-            requests, self._scale_requests = self._scale_requests, []
+            requests = self._scaling.take_requests()
             self._answer(requests, ExitCode.DONE, f"{accepting} workers accept", record.generation, is_reload=False)
 
     def _fail_scale(self, text: str) -> None:
-        requests, self._scale_requests = self._scale_requests, []
-        self._answer(requests, ExitCode.FAILED, text, is_reload=False)
+        self._answer(self._scaling.take_requests(), ExitCode.FAILED, text, is_reload=False)
 
     def _finish(self) -> None:
         if self.has_exited or self.fleet.workers or self.fleet.starting() is not None:
             return
         if self.is_stopping:
             self.has_exited = True
-            self._answer(self._scale_requests, ExitCode.ABORTED, "aborted: the service is stopping", is_reload=False)
+            requests = self._scaling.take_requests()
+            self._answer(requests, ExitCode.ABORTED, "aborted: the service is stopping", is_reload=False)
             self._answer(self._stop_requests, ExitCode.DONE, "stopped", is_reload=False)
             self.fleet.actions.append(Exit(ExitCode.DONE, "stopped"))
         elif self._first_failure is not None:
@@ -611,16 +617,3 @@ class Supervisor:
     ) -> None:
         if requests:
             self.fleet.actions.append(Verdict(tuple(requests), code, text, generation, is_reload=is_reload))
-
-
-def _exit_reason(worker: WorkerRecord, how: str) -> str:
-    text = f"worker {worker.worker} (slot {worker.slot}) {how}"
-    match worker.state:
-        case _W.STARTING:
-            return f"{text} before it said hello; is handoff installed for the interpreter of this generation?"
-        case _W.BOOTING:
-            return f"{text} while it was {worker.step}"
-        case _W.READY:
-            return f"{text} after it was ready, on probation"
-        case _:
-            return text

@@ -114,3 +114,16 @@ class WorkerRecord:
     def holds_slot(self) -> bool:
         """It fills its slot, or failed in it: no replacement before the exit, where the crash is counted."""
         return self.fills_slot or (bool(self.failure) and self.is_alive)
+
+    def exit_reason(self, how: str) -> str:
+        """What its exit is for people. `how`: its status or signal, in words."""
+        text = f"worker {self.worker} (slot {self.slot}) {how}"
+        match self.state:
+            case WorkerState.STARTING:
+                return f"{text} before it said hello; is handoff installed for the interpreter of this generation?"
+            case WorkerState.BOOTING:
+                return f"{text} while it was {self.step}"
+            case WorkerState.READY:
+                return f"{text} after it was ready, on probation"
+            case _:
+                return text

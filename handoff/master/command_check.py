@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+from handoff.binding import Listener
 from handoff.core.dialects import CheckStatus
 from handoff.description import bounded_file, content_of
-from handoff.listeners import Listener
 from handoff.master.loop import Loop, Order
 from handoff.settings import Settings
 

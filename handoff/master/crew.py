@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from handoff.binding import Listener
 from handoff.channel import ChannelBroken, ChannelClosed, channel_pair, master_end
 from handoff.core import messages
 from handoff.core.dialects import (
@@ -49,7 +50,6 @@ from handoff.core.vocabulary import (
     WorkerExited,
 )
 from handoff.counters import CounterPage
-from handoff.listeners import Listener
 from handoff.master.command_check import Checked, CommandCheck, address_of_check
 from handoff.master.fd_store import FdStore, Place
 from handoff.master.foreign import ForeignWorker
@@ -64,6 +64,8 @@ CLOSED_CHANNEL_SECONDS = 5.0
 """A worker whose channel is closed is ending; one that still lives after this long is killed."""
 REAP_AGAIN_SECONDS = 0.2
 """After an exit that a debugger has not let go of."""
+_PASSING = (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE)
+"""Errors of a send that may succeed later."""
 MESSAGES_PER_TURN = 64
 """A worker that talks without end must not keep the others waiting."""
 
@@ -291,7 +293,7 @@ class Crew:
             self._failed(process, error)
         except OSError as error:
             # Anything else: it is gone, and its exit is on the way.
-            return error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS)
+            return error.errno not in _PASSING
         return True
 
     def signal(self, worker: int, which: Signal) -> None:
@@ -346,7 +348,8 @@ class Crew:
             self._on_event(FailedSaid(process.worker, reason))
             return
         self._on_event(HelloSaid(process.worker))
-        self.send(process.worker, process.boot)
+        if not self.pass_on(process.worker, process.boot):  # without it the worker would wait until its boot timeout
+            self._on_event(WorkerBroke(process.worker, "its boot message could not be sent; out of fds or memory"))
 
     def _pass_on(self, process: WorkerProcess, message: WorkerMessage) -> None:
         match message:

@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 
 from handoff.addresses import Bind, absolute_bind, check_binds, listener_names, parse_bind
+from handoff.binding import Listener
 from handoff.config import DESCRIPTION, ServiceOptions, load_service_options
 from handoff.core.generation import CompanionTimings, Timings
 from handoff.errors import HandoffError, UsageError
 from handoff.inherited import InheritedSocket, effective_binds
-from handoff.listeners import Listener, ListenerSet
+from handoff.listeners import ListenerSet
 from handoff.resolve import companion_pins, resolve, service_changes
 from handoff.settings import Launch, Pins, Settings
 

@@ -92,6 +92,8 @@ def serve(
         stack.callback(listeners.close_all)
         preparer = Preparer(launch, options, inherited, listeners)
         first = preparer.prepare(1, None, None)
+        signals = SignalSocket()  # from here on a signal waits for the loop, and nothing that is made is left behind
+        stack.callback(signals.close)
         if options.pidfile:
             pid_file = PidFile(options.pidfile)
             pid_file.create()
@@ -104,8 +106,6 @@ def serve(
         stack.callback(log.close)
         loop = Loop()
         stack.callback(loop.close)
-        signals = SignalSocket()
-        stack.callback(signals.close)
         remove_stale(control_socket.parent)
         parent = Parent(notify_address, log)
         stack.callback(parent.close)
@@ -433,8 +433,14 @@ class Master:
         addresses = ", ".join(self._listeners.addresses(action.generation).values()) or "none"
         self._companions.committed(self._generations[action.generation])
         pins = self._generations[action.generation].pins
+        interface = next((one.interface for one in self._crew if one.boot.generation == action.generation), "")
         self._log.info(
-            "serving", name=self._name, app=pins.settings.runs, addresses=addresses, directory=pins.directory
+            "serving",
+            name=self._name,
+            app=pins.settings.runs,
+            interface=interface,
+            addresses=addresses,
+            directory=pins.directory,
         )
         status = f"generation {action.generation} serves {pins.settings.runs} on {addresses}"
         if action.previous is None:

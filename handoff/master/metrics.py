@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from handoff.addresses import Bind
+from handoff.binding import bind_listener
 from handoff.core.supervisor import Supervisor
 from handoff.core.vocabulary import Verdict
 from handoff.counters import (
@@ -31,7 +32,6 @@ from handoff.counters import (
     STATUSES,
     WAITING,
 )
-from handoff.listeners import bind_listener
 from handoff.master.crew import Crew
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop

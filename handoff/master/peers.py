@@ -111,8 +111,12 @@ class Peers:
         self._make_room()
         peer = Peer(connection, self._next_number)
         self._next_number += 1
+        try:
+            self._watch(peer)
+        except OSError:  # the kernel watches no more
+            connection.close()
+            raise
         self._peers[peer.number] = peer
-        self._watch(peer)
 
     def _make_room(self) -> None:
         """For one more: who never asked anything goes first, then who waits for the longest time."""

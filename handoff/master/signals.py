@@ -21,6 +21,13 @@ HANDLED = (
 )
 
 
+def undo_inherited() -> None:
+    """What a parent may have left us: signals that are blocked, and SIGCHLD ignored, with which nobody could tell how a
+    child ended (waitpid(2), ECHILD). Both outlive an exec."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 class SignalSocket:
     """Installs the handlers, and gives them back at `close`."""
 

@@ -6,15 +6,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from handoff.binding import Listener
 from handoff.core.messages import AlsoAccept, SlotSocket
 from handoff.core.steering import plan
 from handoff.core.supervisor import Supervisor
 from handoff.core.worker import WorkerState
 from handoff.counters import HEARTBEAT
-from handoff.listeners import Listener
 from handoff.master.crew import Crew
 from handoff.master.generations import PreparedGeneration
 from handoff.master.log import MasterLog
+from handoff.rights import MAXIMUM_FDS
 
 HUNG_SECONDS = 3.0
 """A worker whose event loop did not turn for this long is steered away from, until it turns again."""
@@ -139,7 +140,11 @@ class SlotDesk:
             self._told.pop(worker, None)
             return
         told = self._told.setdefault(worker, _Told())
-        sockets = tuple(wanted.sockets)
+        fresh = [one for one in wanted.sockets if one not in told.sockets]
+        later = set(fresh[MAXIMUM_FDS:])  # one message takes no more; the rest follows at once
+        sockets = tuple(one for one in wanted.sockets if one not in later)
+        if later:
+            self._facts, self._look_at = (), time.monotonic()
         if sockets == told.sockets:
             return
         infos = tuple(SlotSocket(name, slot, (name, slot) not in told.sockets) for name, slot in sockets)

@@ -48,13 +48,11 @@ class ForeignSlots:
         if gone:
             await stop_accepting(gone)
 
-    async def close(self) -> dict[str, list[tuple[socket.socket, Server]]]:
-        """Nothing new from now on: by the name of the listener its sockets, and the servers, which are to be closed."""
+    async def close(self) -> list[tuple[str, socket.socket, Server]]:
+        """Nothing new from now on: the name of each listener, a socket of it, and its server, which is to be closed."""
         self._is_closed = True
         if self._last is not None:
-            await asyncio.wait({self._last})
-        found: dict[str, list[tuple[socket.socket, Server]]] = {}
-        for (name, _), one in self._servers.items():
-            found.setdefault(name, []).append(one)
+            await self._last
+        found = [(name, listener, server) for (name, _), (listener, server) in self._servers.items()]
         self._servers.clear()
         return found

@@ -53,3 +53,7 @@ class FrameSplitter:
     def rest(self) -> bytes:
         """The frame that has begun."""
         return bytes(self._buffer)
+
+    @property
+    def rest_bytes(self) -> int:
+        return len(self._buffer)

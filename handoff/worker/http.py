@@ -25,7 +25,8 @@ from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketSt
 from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.settings import Settings
-from handoff.worker.accepting import Server, stop_accepting
+from handoff.worker.accepting import Server
+from handoff.worker.acceptors import Acceptors
 from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.check import request_self
@@ -36,7 +37,7 @@ from handoff.worker.logs import BAD_CONFIGURATION, log_config
 from handoff.worker.measured import MeasuredHTTPProtocol
 from handoff.worker.newcomers import Newcomers
 from handoff.worker.protocol import HTTPProtocol
-from handoff.worker.proxied import RawServer, Rules
+from handoff.worker.proxied import Rules
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
 from handoff.worker.timeout import RequestTimeout
@@ -72,7 +73,6 @@ class HTTPService:
         self._settings = boot.settings
         self._interface = interface
         self._link = link
-        self._listeners = listeners
         self._config = uvicorn_config(application, boot, interface)
         self._counters, self._row = counters, boot.counters_row
         self._state = WorkerServerState(counters.own)
@@ -84,12 +84,14 @@ class HTTPService:
         self._state.hands_websockets_over = WEBSOCKET in self._adopts
         self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
         self._changed = asyncio.Event()
-        self._servers: list[Server] = []
         rules = None
         if self._settings.proxy_protocol != "off":
             rules = Rules(self._settings.proxy_protocol, self._settings.proxy_from)
         self._newcomers = Newcomers(rules, self._config.ssl, self._protocol)
-        self._foreign_slots = ForeignSlots(lambda _, listener: self._accept_from(listener))
+        open_server = None if self._newcomers.are_due else self._open_server
+        self._acceptors = Acceptors(listeners, self._settings.backlog, open_server, self._take_raw)
+        self._state.crowded_from, self._state.on_crowded = self._acceptors.crowded_from, self._acceptors.crowded
+        self._foreign_slots = ForeignSlots(self._acceptors.serve)
 
     async def run(self) -> None:
         """Returns when the drain has ended. Raises BootFailure."""
@@ -163,32 +165,25 @@ class HTTPService:
         return self._http(self._config, self._state, self._lifespan.state, adopted=adopted)
 
     def _protocol_of_check(self) -> HTTPProtocol:
-        return HTTPProtocol(self._config, self._state, self._lifespan.state)
+        """For requests to ourselves: no client's, so neither the counts nor the access log have them."""
+        protocol = HTTPProtocol(self._config, self._state, self._lifespan.state)
+        protocol.access_log = False
+        return protocol
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        for listener in self._listeners.values():
-            self._servers.append(await self._accept_from(listener))
+        await self._acceptors.open()
         self._adopter.start()
         self._link.send(Opened())
         self._balance()
 
-    async def _accept_from(self, listener: socket.socket) -> Server:
-        if self._newcomers.are_due:
-            return RawServer(listener, self._take_raw)
+    async def _open_server(self, _name: str, listener: socket.socket) -> Server:
         loop, backlog = asyncio.get_running_loop(), self._settings.backlog
         return await loop.create_server(self._protocol, sock=listener, backlog=backlog)
 
-    async def _let_in(self, connection: socket.socket) -> None:
-        """Serve a connection that was accepted just now; it is ours."""
-        if self._newcomers.are_due:
-            self._take_raw(connection)
-        else:
-            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
-
-    def _take_raw(self, connection: socket.socket) -> None:
-        """A header or a handshake comes before HTTP; a drain waits for it, as for a connection that is adopted."""
+    def _take_raw(self, _name: str, connection: socket.socket) -> None:
+        """Serve a connection that was accepted just now; it is ours. A drain waits for it, as for one adopted."""
         task = asyncio.ensure_future(self._newcomers.begin(connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
@@ -274,11 +269,7 @@ class HTTPService:
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master
-        foreign = await self._foreign_slots.close()
-        servers = [server for some in foreign.values() for _, server in some]
-        ending = [self._listeners[name] for name in self._link.ending_listeners if name in self._listeners]
-        ending += [listener for name in self._link.ending_listeners for listener, _ in foreign.get(name, ())]
-        await stop_accepting([*self._servers, *servers], ending, self._let_in)
+        await self._acceptors.stop(self._link.ending_listeners, await self._foreign_slots.close())
         await self._until_idle()
         if not self._link.moves and self._adopts and not self._link.is_orphan:
             await self._until_nobody_sends()

@@ -24,7 +24,8 @@ from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
 from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, HEARTBEAT, MOVED, REFUSED, WorkerCounters
 from handoff.mailbox import Unreadable, receive_letter
 from handoff.rights import has_headroom
-from handoff.worker.accepting import Server, stop_accepting
+from handoff.worker.accepting import Server
+from handoff.worker.acceptors import Acceptors, fd_of
 from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.context import Claims
@@ -333,6 +334,7 @@ class AsyncWorker(_Identity):
         self._mover = Mover(counters)
         self._movable: dict[asyncio.BaseTransport, RawConnection] = {}
         self._adopting: set[asyncio.Task[Any]] = set()
+        self._acceptors: Acceptors | None = None
         loop = asyncio.get_running_loop()
         link.on_change = self._link_changed
         link.on_receivers = self._mover.update
@@ -391,20 +393,21 @@ class AsyncWorker(_Identity):
         self._factories = {name: partial(self._make, protocol_factory, name) for name in sockets}
         if not await self._ready(adopts=moves):
             return
-        servers = [await self._accept_from(name, listener) for name, listener in sockets.items()]
+        loop = asyncio.get_running_loop()
+        backlog = self._boot.settings.backlog
+
+        async def open_server(name: str, listener: socket.socket) -> Server:
+            return await loop.create_server(self._factories[name], sock=listener, backlog=backlog)
+
+        acceptors = self._acceptors = Acceptors(sockets, backlog, open_server, self._take)
+        await acceptors.open()
         adopter = Adopter(socket.socket(fileno=self._boot.mailbox_fd), self._adopt, self._counters)
         if moves:
             adopter.start()
         await self.drained()
         if moves and self._link.moves:
             adopter.stop()  # our replacement reads on, or the master
-        loop = asyncio.get_running_loop()
-        foreign = await self._foreign_slots.close()
-        for name, server in zip(sockets, servers, strict=True):
-            accepted = [(sockets[name], server), *foreign.get(name, ())]
-            ending = [listener for listener, _ in accepted] if name in self._link.ending_listeners else []
-            let_in = partial(loop.connect_accepted_socket, self._factories[name])
-            await stop_accepting([one for _, one in accepted if one is not None], ending, let_in)
+        await acceptors.stop(self._link.ending_listeners, await self._foreign_slots.close())
         await self._until_empty()
         if moves and not self._link.moves and not self._link.is_orphan:
             await self._until_nobody_sends(adopter)
@@ -439,10 +442,9 @@ class AsyncWorker(_Identity):
 
     async def _accept_from(self, name: str, listener: socket.socket) -> Server | None:
         """None: the program does not serve a listener of this name."""
-        if name not in self._factories:
+        if self._acceptors is None or name not in self._factories:
             return None
-        backlog = self._boot.settings.backlog
-        return await asyncio.get_running_loop().create_server(self._factories[name], sock=listener, backlog=backlog)
+        return await self._acceptors.serve(name, listener)
 
     def _make(self, protocol_factory: Callable[[], asyncio.Protocol], listener: str) -> asyncio.Protocol:
         return self._watched(protocol_factory(), listener)
@@ -461,8 +463,15 @@ class AsyncWorker(_Identity):
             protocol.attach(data)
 
         protocol.connection_made = connection_made
-        loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(loop.connect_accepted_socket(lambda: protocol, connection))
+        self._serve_one(lambda: protocol, connection)
+
+    def _take(self, name: str, connection: socket.socket) -> None:
+        """Serve a connection that was accepted just now; it is ours."""
+        self._serve_one(self._factories[name], connection)
+
+    def _serve_one(self, factory: Callable[[], asyncio.Protocol], connection: socket.socket) -> None:
+        """A drain waits for it."""
+        task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(factory, connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
 
@@ -482,6 +491,8 @@ class AsyncWorker(_Identity):
             transports.append(transport)
             self._transports.add(transport)
             self._counters[CONNECTIONS] = len(self._transports)
+            if self._acceptors is not None and fd_of(transport) >= self._acceptors.crowded_from:
+                self._acceptors.crowded()
             made(transport)
             if isinstance(protocol, Protocol):
                 self._movable[transport] = RawConnection(

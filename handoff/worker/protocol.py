@@ -28,12 +28,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from handoff.core.messages import Hold
 from handoff.core.moves import HTTP, HTTPState
+from handoff.worker.acceptors import fd_of
 from handoff.worker.ending import Discard, LastCycle
 from handoff.worker.state import WorkerServerState, address
 from handoff.worker.unparsed import BodySplitter, after_last_message
 
 LINGER_CLOSE_SECONDS = 2.0
 """How long unread input of a client is taken after our FIN, so that no RST overtakes the answer (RFC 9112, 9.6)."""
+MAXIMUM_HEAD_BYTES = 256 * 1024
+"""Of a request; more, without an end of it, is answered 400. Neither uvicorn nor its parser has a limit."""
 MAXIMUM_UNFED_BYTES = 64 * 1024
 """More than this is left in the kernel while a connection waits for its quiet moment."""
 
@@ -50,6 +53,7 @@ class HTTPProtocol(HttpToolsProtocol):
         "_body_of",
         "_head",
         "_head_after",
+        "_head_bytes",
         "_is_ending",
         "_is_posted",
         "_mailbox",
@@ -82,6 +86,7 @@ class HTTPProtocol(HttpToolsProtocol):
         """What was parsed, from the begin of a message on, and ends within a head."""
         self._head_after: RequestResponseCycle | None = None
         """The last cycle before that head."""
+        self._head_bytes = 0
         self._splitter: BodySplitter | None = None
         self._body_of: RequestResponseCycle | None = None
         self._body_bytes = 0
@@ -98,6 +103,8 @@ class HTTPProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.seen_at = self.loop.time()
         self.server_state.connection_made()
+        if fd_of(transport) >= self.server_state.crowded_from:
+            self.server_state.on_crowded()
         if self._adopted is not None:
             self._take_over(*self._adopted)
         if self.server_state.leave is not None and self in self.connections:  # not one that was upgraded at once
@@ -191,9 +198,21 @@ class HTTPProtocol(HttpToolsProtocol):
             if self._head_after is not self.cycle:  # whole messages lie before the head that has begun
                 self._head_after = self.cycle
                 self._head = [after_last_message(b"".join(self._head))]
+                self._head_bytes = 0
+            self._head_bytes += len(self._head[-1])
+            if self._head_bytes > MAXIMUM_HEAD_BYTES:
+                self._refuse_head()
         else:
             self._head = []
             self._splitter = BodySplitter(self.cycle.scope["headers"], data)  # type: ignore[arg-type]
+
+    def _refuse_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.flow.pause_reading()  # the answers that are due come first; their end resumes it
+        elif not self.transport.is_closing():
+            self._head = []
+            self.logger.warning("A request's head has more than %d bytes.", MAXIMUM_HEAD_BYTES)
+            self.send_400_response("Request head too large.")
 
     def _feed_carefully(self, data: bytes) -> None:
         """Within a body, or leaving: parse to the end of the body, and no further in one call."""

@@ -10,16 +10,13 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from handoff.core.proxy_protocol import V2_MAXIMUM_BYTES, Absent, Address, Header, Incomplete, ProxyError, read_header
 
 HEADER_SECONDS = 5.0
 """How long a proxy may take for its header."""
-ACCEPTED_PER_TURN = 16
-PAUSE_SECONDS = 0.1
-"""After an accept that failed for want of fds or memory: the listener stays readable, and would keep us busy."""
 UNIX = "unix"
 LOCAL = ("127.0.0.0/8", "::1/128", UNIX)
 """Where no sources are given."""
@@ -133,44 +130,3 @@ def log_bad_beginning(connection: socket.socket, error: Exception) -> None:
         with contextlib.suppress(OSError):
             peer = connection.getpeername()[0]
     logging.getLogger("uvicorn.error").warning("proxy-protocol: %s %s; the connection is closed", peer, reason)
-
-
-class RawServer:
-    """Accepts from a listener and gives each raw connection, non-blocking, to `take`, which owns it.
-
-    Owns the listener. Stands in for an asyncio.Server where a drain ends them.
-    """
-
-    def __init__(self, listener: socket.socket, take: Callable[[socket.socket], None]) -> None:
-        self._listener = listener
-        self._take = take
-        self._is_closed = False
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(listener.fileno(), self._accept)
-
-    @property
-    def sockets(self) -> tuple[socket.socket, ...]:
-        return () if self._is_closed else (self._listener,)
-
-    def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
-
-    def _accept(self) -> None:
-        for _ in range(ACCEPTED_PER_TURN):
-            try:
-                connection, _ = self._listener.accept()
-            except (BlockingIOError, ConnectionAbortedError, InterruptedError):  # a sibling was quicker, or it left
-                return
-            except OSError:
-                self._loop.remove_reader(self._listener.fileno())
-                self._loop.call_later(PAUSE_SECONDS, self._resume)
-                return
-            connection.setblocking(False)
-            self._take(connection)
-
-    def _resume(self) -> None:
-        if not self._is_closed:
-            self._loop.add_reader(self._listener.fileno(), self._accept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ class WorkerServerState(ServerState):
         self.leave: Callable[[HTTPProtocol], None] | None = None
         """While draining: what a connection does that comes late."""
         self.hands_websockets_over = False
+        self.crowded_from = sys.maxsize
+        """The number of a connection's fd from which on `on_crowded` is to be called."""
+        self.on_crowded: Callable[[], None] = lambda: None
         self.is_draining = False
         self.linger_seconds = 0.0
         self.emptied = asyncio.Event()

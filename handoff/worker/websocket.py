@@ -24,7 +24,7 @@ from websockets.protocol import State as ConnectionState
 from websockets.server import ServerProtocol
 
 from handoff.core.messages import Hold
-from handoff.core.moves import MAXIMUM_STATE_BYTES, WEBSOCKET, WebSocketState
+from handoff.core.moves import MAXIMUM_DATA_BYTES, MAXIMUM_STATE_BYTES, WEBSOCKET, WebSocketState
 from handoff.counters import REFUSED
 from handoff.worker.frames import FrameSplitter
 from handoff.worker.protocol import HTTPProtocol
@@ -33,6 +33,9 @@ from handoff.worker.state import WorkerServerState, address
 RESTART = 1012
 MAXIMUM_HELD_BYTES = 64 * 1024
 """More than this is left in the kernel while the application has not accepted."""
+MAXIMUM_BEGUN_BYTES = MAXIMUM_DATA_BYTES - 1024 * 1024
+"""Of a frame that has begun: more, with the request and what comes until reading pauses, might fit no letter. The
+connection moves when the frame is complete."""
 _EXTENSIONS = "Sec-WebSocket-Extensions"
 
 
@@ -234,6 +237,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             and self.queue.empty()
             and self.conn.current_size is None
             and self.conn.state is ConnectionState.OPEN
+            and self._splitter is not None
+            and self._splitter.rest_bytes <= MAXIMUM_BEGUN_BYTES
         )
 
     def _post(self) -> None:

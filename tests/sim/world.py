@@ -76,6 +76,8 @@ class Process:
     is_killed: bool = False
     has_failed: bool = False
     """The master heard that it failed, or broke the protocol, before anybody sent it away."""
+    failed_deadline: float | None = None
+    """When one that said that it failed, and ends, must have ended."""
 
     @property
     def is_sent_away(self) -> bool:
@@ -187,6 +189,8 @@ class World:
         elif isinstance(event, LeavingSaid):
             process.is_told_to_leave = True
         elif isinstance(event, FailedSaid | WorkerBroke) and not process.is_told_to_leave:
+            if isinstance(event, FailedSaid) and not process.has_failed and not process.is_sent_away:
+                process.failed_deadline = self.now + STOP_GRACE_SECONDS
             process.has_failed = True
 
     def _exit_heard(self, process: Process | None) -> None:
@@ -395,6 +399,8 @@ class World:
             assert self.now < process.signal_deadline, f"{process} was signalled and is not killed"
         elif process.drain_deadline is not None:
             assert self.now < process.drain_deadline, f"{process} is past its drain deadline"
+        elif process.failed_deadline is not None:
+            assert self.now < process.failed_deadline, f"{process} said that it ends, and lives on"
         elif not process.is_ready_heard:
             assert self.now < process.started_at + process.boot_timeout_seconds, f"{process} is past its boot timeout"
         elif process.opened_deadline is not None and not process.is_opened_heard and not process.is_told_to_leave:

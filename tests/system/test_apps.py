@@ -457,6 +457,15 @@ def test_the_access_log_carries_generation_and_label_as_text(directory: Path) ->
         assert service.stdout.wait_for("/again").string.endswith("generation=2 label=v2")
 
 
+def test_the_workers_own_requests_are_not_in_the_access_log(directory: Path) -> None:
+    with Service(directory, "--check", "/checked", "--warm-up", "/warmed") as service:
+        service.get("/asked")
+        service.stdout.wait_for("/asked")
+    assert [line.split()[3] for line in service.stdout.text.splitlines()] == ['"GET']
+    assert "/checked" not in service.stdout.text
+    assert "/warmed" not in service.stdout.text
+
+
 def test_without_an_access_log_there_are_no_lines(directory: Path) -> None:
     with Service(directory, "--no-access-log") as service:
         assert service.get()[0] == 200

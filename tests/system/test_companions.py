@@ -164,9 +164,8 @@ def test_companions_come_and_go_with_the_configuration_and_serve_what_is_bound_f
     ],
 )
 def test_a_bad_companion_ends_the_start_with_one_line(tmp_path: Path, config: str, problem: str) -> None:
-    service = Service(write(tmp_path, config)).launch()
-    assert service.wait() in (1, 2)
-    said = service.stderr.finish()
-    assert problem in said
-    assert said.count("\n") <= 1
-    service.__exit__()
+    with Service(write(tmp_path, config)).launch() as service:
+        assert service.wait() in (1, 2)
+        said = service.stderr.finish()
+        assert problem in said
+        assert said.count("\n") <= 1

@@ -117,13 +117,12 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
     ],
 )
 def test_a_bad_description_ends_the_start_with_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:
-    service = Service(tmp_path, *arguments, app=None, bind=None).launch()
-    assert service.wait() in (1, 2)
-    said = service.stderr.finish()
-    assert problem in said
-    assert said.count("\n") <= 1
-    assert os.listdir(tmp_path) == []
-    service.__exit__()
+    with Service(tmp_path, *arguments, app=None, bind=None).launch() as service:
+        assert service.wait() in (1, 2)
+        said = service.stderr.finish()
+        assert problem in said
+        assert said.count("\n") <= 1
+        assert os.listdir(tmp_path) == []
 
 
 def test_check_takes_the_description_too(tmp_path: Path) -> None:

@@ -136,10 +136,9 @@ def test_what_a_command_left_behind_is_ended_with_it(tmp_path: Path) -> None:
 def test_a_command_that_does_not_come_up_is_a_verdict(
     tmp_path: Path, speaker: list[str], words: list[str], options: tuple[str, ...], problem: str
 ) -> None:
-    service = command(tmp_path, speaker[0], *words, options=options).launch()
-    assert service.wait() == 1
-    assert problem in service.stderr.finish()
-    service.__exit__()
+    with command(tmp_path, speaker[0], *words, options=options).launch() as service:
+        assert service.wait() == 1
+        assert problem in service.stderr.finish()
 
 
 def test_a_broken_command_is_rolled_back_and_the_old_one_serves_on(tmp_path: Path, speaker: list[str]) -> None:
@@ -173,12 +172,11 @@ def test_a_broken_command_is_rolled_back_and_the_old_one_serves_on(tmp_path: Pat
 )
 def test_what_is_typed_wrong_gets_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:
     (tmp_path / "plain.txt").write_text("no program")
-    service = Service(tmp_path, *arguments, app=None, bind=None, probation=None).launch()
-    assert service.wait() in (1, 2)
-    text = service.stderr.finish()
-    assert problem in text
-    assert text.count("\n") == 0
-    service.__exit__()
+    with Service(tmp_path, *arguments, app=None, bind=None, probation=None).launch() as service:
+        assert service.wait() in (1, 2)
+        text = service.stderr.finish()
+        assert problem in text
+        assert text.count("\n") == 0
 
 
 def test_the_word_of_a_stranger_is_not_taken(tmp_path: Path, speaker: list[str]) -> None:

@@ -84,10 +84,9 @@ def test_a_command_may_change_its_interval(tmp_path: Path) -> None:
 
 def test_a_command_that_hangs_on_probation_is_rolled_back(tmp_path: Path) -> None:
     options = ("--watchdog", "100ms", "--probation", "1h")
-    service = command(tmp_path, *written(tmp_path, "say('READY=1')\nsignal.pause()\n"), options=options).launch()
-    assert service.wait() == 1
-    assert "worker 1 said no WATCHDOG=1 for 100ms" in service.stderr.finish()
-    service.__exit__()
+    with command(tmp_path, *written(tmp_path, "say('READY=1')\nsignal.pause()\n"), options=options).launch() as service:
+        assert service.wait() == 1
+        assert "worker 1 said no WATCHDOG=1 for 100ms" in service.stderr.finish()
 
 
 def test_a_trigger_ends_a_command_at_once(tmp_path: Path) -> None:
@@ -98,10 +97,9 @@ def test_a_trigger_ends_a_command_at_once(tmp_path: Path) -> None:
 
 
 def test_a_watchdog_is_not_for_applications(tmp_path: Path) -> None:
-    service = Service(tmp_path, "--watchdog", "1s").launch()
-    assert service.wait() == 2
-    assert "watchdog: is for commands; leave it out for an application" in service.stderr.finish()
-    service.__exit__()
+    with Service(tmp_path, "--watchdog", "1s").launch() as service:
+        assert service.wait() == 2
+        assert "watchdog: is for commands; leave it out for an application" in service.stderr.finish()
 
 
 def test_what_is_too_long_is_ignored_whole(tmp_path: Path) -> None:

@@ -226,13 +226,12 @@ def test_a_status_file_that_cannot_be_is_one_line_before_anything_starts(
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "link").symlink_to("notes.txt")
     options = ("--status-file", path)
-    service = command(tmp_path, "sh", "-c", "touch started; sleep 1000", options=options).launch()
-    assert service.wait() == 1
-    text = service.stderr.finish()
-    assert "status file" in text
-    assert problem in text
-    assert text.count("\n") == 0
-    service.__exit__()
+    with command(tmp_path, "sh", "-c", "touch started; sleep 1000", options=options).launch() as service:
+        assert service.wait() == 1
+        text = service.stderr.finish()
+        assert "status file" in text
+        assert problem in text
+        assert text.count("\n") == 0
     assert not (tmp_path / "started").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -122,12 +122,9 @@ def test_a_peer_that_sends_no_more_still_gets_its_verdict(directory: Path) -> No
 def test_closed_standard_files_are_not_taken_for_others(directory: Path) -> None:
     command = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", sys.executable, "-m", "handoff"]
     service = Service(directory, "--pidfile", str(directory / "pid"), command=command)
-    service.launch()
-    try:
+    with service.launch():
         wait_until((service.run_dir / "web" / "control.sock").exists, "it runs")
         service.command = [sys.executable, "-m", "handoff"]
         wait_until(lambda: service.status()["live"] == 1, "it is live")
         assert (service.run_dir / "web" / "lock").read_text().strip().isdigit()
         assert os.readlink(f"/proc/{service.pid}/fd/2") == os.devnull
-    finally:
-        service.__exit__()

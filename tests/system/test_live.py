@@ -114,6 +114,32 @@ def test_connections_move_back_with_a_rollback(directory: Path) -> None:
         assert {client.ask("/") for client in clients} == {b"1"}
 
 
+def test_connections_that_a_generation_got_before_it_was_rolled_back_move_back(directory: Path) -> None:
+    """One of its workers accepts already, the other never does: that generation is not committed."""
+    with Service(directory, "-w", "2", probation="2s") as service, contextlib.ExitStack() as stack:
+        (directory / "main.py").write_text(hello("2"))
+        reloading = service.begin({"type": "reload"})
+        wait_until(lambda: [one["state"] for one in service.workers(2)] == ["ready"] * 2, "they are on probation")
+        stopped = service.workers(2)[1]["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        wait_until(lambda: service.workers(2)[0]["state"] == "accepting", "the other one accepts")
+        got: list[Kept] = []
+
+        def has_some_of_the_new() -> bool:
+            client = stack.enter_context(contextlib.closing(Kept(service)))
+            if client.ask("/") == b"2":
+                got.append(client)
+            return len(got) == 3
+
+        wait_until(has_some_of_the_new, "the new one has connections")
+        os.kill(stopped, signal.SIGKILL)
+        answer = reloading.answer()
+        assert (answer["exit_code"], answer["generation"]) == (3, 2)
+        settle(service)
+        assert {client.ask("/") for client in got} == {b"1"}
+        assert moves(service)["refused"] == 0
+
+
 def test_connections_of_a_worker_that_is_scaled_away_move_to_its_siblings(directory: Path) -> None:
     with Service(directory, "-w", "3") as service, kept(service, 12) as clients:
         assert {client.ask() for client in clients} <= pids(service)

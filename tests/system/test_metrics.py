@@ -167,7 +167,6 @@ def test_what_else_is_asked_is_told_where_the_metrics_are(tmp_path: Path, reques
 def test_a_metrics_address_that_is_taken_ends_the_start_with_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        service = Service(write(tmp_path), "--metrics", f"127.0.0.1:{port}").launch()
-        assert service.wait() == 1
-        assert f"listener metrics: 127.0.0.1:{port} is in use by" in service.stderr.finish()
-        service.__exit__()
+        with Service(write(tmp_path), "--metrics", f"127.0.0.1:{port}").launch() as service:
+            assert service.wait() == 1
+            assert f"listener metrics: 127.0.0.1:{port} is in use by" in service.stderr.finish()

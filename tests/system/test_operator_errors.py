@@ -207,3 +207,35 @@ def test_a_pid_file_lives_as_long_as_the_service(directory: Path, tmp_path: Path
         assert service.wait() == 0
         assert not pid_file.exists()
         assert not (service.run_dir / "web").exists()
+
+
+EARLY = """
+import os, signal, sys
+from handoff.master import master
+create = master.PidFile.create
+
+def create_and_be_told_to_stop(self):
+    create(self)
+    os.kill(os.getpid(), signal.{signal})
+
+master.PidFile.create = create_and_be_told_to_stop
+from handoff.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
+def test_a_signal_that_comes_while_the_master_is_being_made_is_not_lost_and_leaves_nothing(
+    directory: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    pid_file = tmp_path / "web.pid"
+    command = [sys.executable, "-c", EARLY.format(signal=number.name)]
+    service = Service(directory, "--pidfile", str(pid_file), command=command, bind=f"unix:{directory}/s")
+    with service.launch():
+        if number is signal.SIGHUP:  # a reload, after the first boot
+            service.stderr.wait_for("verdict: generation 2 is live")
+            service.signal(signal.SIGTERM)
+        assert service.wait() == 0
+        assert not pid_file.exists()
+        assert not (directory / "s").exists()
+        assert not (service.run_dir / "web").exists()

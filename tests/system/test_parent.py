@@ -57,10 +57,10 @@ def test_a_parent_that_went_away_costs_a_warning(tmp_path: Path) -> None:
 
 def test_an_address_that_is_none_ends_the_start_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(APP)
-    service = Service(tmp_path, environment={"NOTIFY_SOCKET": "vsock:2:1"}).launch()
-    assert service.wait() == 2
-    said = service.stderr.finish().splitlines()
-    assert said == [
-        "handoff: error: NOTIFY_SOCKET='vsock:2:1': is no address of a unix socket; let the parent set it, or unset it"
-    ]
-    service.__exit__()
+    with Service(tmp_path, environment={"NOTIFY_SOCKET": "vsock:2:1"}).launch() as service:
+        assert service.wait() == 2
+        said = service.stderr.finish().splitlines()
+        assert said == [
+            "handoff: error: NOTIFY_SOCKET='vsock:2:1': is no address of a unix socket; "
+            "let the parent set it, or unset it"
+        ]

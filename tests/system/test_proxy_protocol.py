@@ -240,9 +240,8 @@ def test_a_connection_whose_header_is_awaited_is_what_a_drain_waits_for(director
     ],
 )
 def test_a_bad_option_is_one_line(directory: Path, arguments: tuple[str, ...], problem: str) -> None:
-    service = Service(directory, *arguments).launch()
-    assert service.wait() == 2
-    said = service.stderr.finish()
-    assert problem in said
-    assert said.count("\n") <= 1
-    service.__exit__()
+    with Service(directory, *arguments).launch() as service:
+        assert service.wait() == 2
+        said = service.stderr.finish()
+        assert problem in said
+        assert said.count("\n") <= 1

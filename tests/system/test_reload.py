@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -153,6 +154,27 @@ def test_binds_are_added_changed_and_removed_by_reloads(directory: Path) -> None
             socket.create_connection(("127.0.0.1", admin_port))
         assert not second_path.exists()
     clients.assert_none_failed()
+
+
+def queue_lengths(port: int) -> set[int]:
+    """How many connections may wait, of the listeners on this port."""
+    shown = subprocess.run(["ss", "-ltnH", f"sport = :{port}"], capture_output=True, text=True, check=True).stdout
+    return {int(line.split()[2]) for line in shown.splitlines()}
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_the_path_of_a_unix_socket_and_the_backlog_stay_through_reloads(directory: Path, loop: str) -> None:
+    """Event loops listen again on what they are given, with a backlog of 100, and unlink paths that they close."""
+    path = directory / "web.sock"
+    with Service(directory, "--loop", loop, "--backlog", "321", "--bind", f"local=unix:{path}") as service:
+        inode = path.stat().st_ino
+        for generation in (2, 3):
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            service.wait_for_generations(generation)
+            assert path.stat().st_ino == inode
+            assert answers(unix(path))
+            assert queue_lengths(service.port) == {321}
+    assert not path.exists()
 
 
 def test_a_removed_bind_refuses_new_connections_while_the_old_generation_drains(directory: Path) -> None:

@@ -154,11 +154,10 @@ BY_ITSELF = "async def main(worker):\n    await worker.ready()"
 @pytest.mark.parametrize("app", [BLOCKING, BY_ITSELF])
 def test_a_program_that_accepts_by_itself_is_refused(tmp_path: Path, app: str) -> None:
     (tmp_path / "main.py").write_text(app)
-    service = Service(tmp_path, "--listen-mode", "reuseport", app="main:main").launch()
-    assert service.wait() == 1
     problem = "listen-mode reuseport: is for ASGI, for WSGI, and for programs on asyncio that accept with worker.serve"
-    assert problem in service.stderr.finish()
-    service.__exit__()
+    with Service(tmp_path, "--listen-mode", "reuseport", app="main:main").launch() as service:
+        assert service.wait() == 1
+        assert problem in service.stderr.finish()
 
 
 PROGRAM = """
@@ -204,7 +203,6 @@ def test_a_port_that_another_has_is_refused_even_if_it_would_share(directory: Pa
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        service = serve(directory, f"127.0.0.1:{port}").launch()
-        assert service.wait() == 1
-        assert f"127.0.0.1:{port} is in use by" in service.stderr.finish()
-        service.__exit__()
+        with serve(directory, f"127.0.0.1:{port}").launch() as service:
+            assert service.wait() == 1
+            assert f"127.0.0.1:{port} is in use by" in service.stderr.finish()

@@ -111,7 +111,7 @@ def test_the_lines_of_the_unit_start_reload_and_stop_a_service(tmp_path: Path, c
     run_dir.mkdir(parents=True)  # as RuntimeDirectory= does
     service = Service(tmp_path, command=start[:1], environment={"RUNTIME_DIRECTORY": str(run_dir)})
     service.arguments, service.run_dir, service.directory = start[1:], run_dir, Path("/")
-    with service.start():
+    with service:
         assert service.get()[2] == b"1"
 
         release = tmp_path / "releases" / "2"

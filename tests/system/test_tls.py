@@ -164,17 +164,15 @@ def test_a_handshake_that_is_under_way_is_waited_for_in_a_drain(directory: Path)
 def test_bad_files_end_the_start_with_one_line(directory: Path, arguments: tuple[str, ...], problem: str) -> None:
     command = ["openssl", "ec", "-in", "key.pem", "-aes256", "-passout", "pass:secret", "-out", "locked.pem"]
     subprocess.run(command, cwd=directory, check=True, capture_output=True)
-    service = Service(directory, *arguments).launch()
-    assert service.wait() in (1, 2)
-    said = service.stderr.finish()
-    assert problem in said
-    assert "Traceback" not in said
-    service.__exit__()
+    with Service(directory, *arguments).launch() as service:
+        assert service.wait() in (1, 2)
+        said = service.stderr.finish()
+        assert problem in said
+        assert "Traceback" not in said
 
 
 def test_two_ways_of_saying_it_are_refused(directory: Path) -> None:
     (directory / "handoff.toml").write_text('[uvicorn]\nssl_certfile = "cert.pem"\nssl_keyfile = "key.pem"\n')
-    service = Service(directory, *PAIR).launch()
-    assert service.wait() == 1
-    assert "tls-cert and [uvicorn] ssl_*: say the same thing twice; leave one out" in service.stderr.finish()
-    service.__exit__()
+    with Service(directory, *PAIR).launch() as service:
+        assert service.wait() == 1
+        assert "tls-cert and [uvicorn] ssl_*: say the same thing twice; leave one out" in service.stderr.finish()

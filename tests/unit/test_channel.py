@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import os
 import socket
@@ -413,6 +414,20 @@ def test_a_worker_of_this_protocol_is_greeted_with_its_boot_message(heard: Heard
     heard.loop.turn(0)
     assert heard.events == [HelloSaid(9)]
     assert heard.worker.receive() == (FROM_MASTER[0], [])
+
+
+def test_a_worker_that_cannot_be_sent_its_boot_message_is_ended_at_once(
+    heard: HeardCrew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long one travels in a memfd, for which the master may have no fd: nobody is to wait for the boot timeout."""
+
+    def refuse(end: socket.socket, data: bytes, fds: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    heard.worker.send(Hello(protocol=PROTOCOL, release="0.1.0"))
+    monkeypatch.setattr("handoff.channel.send_datagram", refuse)
+    heard.loop.turn(0)
+    assert heard.events == [HelloSaid(9), WorkerBroke(9, "its boot message could not be sent; out of fds or memory")]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 999])

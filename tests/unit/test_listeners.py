@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from handoff.addresses import Bind, parse_bind
+from handoff.binding import Listener, bind_listener
 from handoff.errors import ExitCode, HandoffError, UsageError
 from handoff.inherited import InheritedSocket
-from handoff.listeners import Listener, ListenerSet, bind_listener
+from handoff.listeners import ListenerSet
 from tests.unit.fds import open_fds
 
 

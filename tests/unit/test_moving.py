@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import socket
@@ -413,6 +414,64 @@ def test_more_connections_than_a_mailbox_holds_wait_for_room(run: Run) -> None:
         await bench.until(lambda: not bench.one.state.connections)
         for client in clients:
             client.close()
+
+    run(scenario)
+
+
+def test_too_many_fds_under_way_are_tried_again_by_a_timer_and_lose_nobody(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ETOOMANYREFS leaves the mailbox writable: nothing but the time tells when it is over (unix(7))."""
+    refused = 0
+
+    def send(*arguments: Any) -> None:
+        nonlocal refused
+        if refused % 3 != 2:
+            refused += 1
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+        refused += 1
+        send_letter(*arguments)
+
+    monkeypatch.setattr("handoff.worker.outbox.send_letter", send)
+
+    async def scenario(bench: Bench) -> None:
+        clients = [await bench.connect() for _ in range(3)]
+        bench.one.move_all()
+        await bench.until(lambda: len(bench.two.state.connections) == 3 and not bench.one.state.connections)
+        assert bench.one.counters[REFUSED] == 0
+        for client in clients:
+            await asyncio.get_running_loop().sock_sendall(client, get("/"))
+            await bench.answers(client, 1)
+            client.close()
+
+    run(scenario)
+
+
+def test_connections_wait_in_the_mailbox_while_their_receiver_has_no_fds(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Received without a free fd they would be gone, without a word."""
+    has_room = False
+    asked = 0
+
+    def headroom(fd: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return has_room
+
+    monkeypatch.setattr("handoff.worker.adopter.has_headroom", headroom)
+
+    async def scenario(bench: Bench) -> None:
+        nonlocal has_room
+        with await bench.connect() as client:
+            bench.one.move_all()
+            await bench.until(lambda: asked == 2)
+            assert bench.two.counters[ADOPTED] == 0
+            assert unread_bytes(bench.two.writer) > 0
+            has_room = True
+            await asyncio.get_running_loop().sock_sendall(client, get("/"))
+            await bench.answers(client, 1)
+            assert bench.two.counters[ADOPTED] == 1
 
     run(scenario)
 

@@ -15,9 +15,10 @@ from websockets.frames import CloseCode, Frame, Opcode
 from websockets.uri import parse_uri
 
 from handoff.core.messages import ReceiverInfo, Receivers
-from handoff.core.moves import WEBSOCKET, AnyState, WebSocketState
+from handoff.core.moves import MAXIMUM_DATA_BYTES, WEBSOCKET, AnyState, WebSocketState
 from handoff.counters import ADOPTED, CONNECTIONS, FIELDS, MOVED, REFUSED
 from handoff.mailbox import mailbox_pair
+from handoff.worker import websocket
 from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.state import WorkerServerState
@@ -211,6 +212,40 @@ def test_a_frame_cut_at_every_byte_arrives_whole_after_the_move(run: Run) -> Non
         assert set(pair.disconnects) == {1012}
 
     run(scenario)
+
+
+def test_a_frame_too_large_for_a_letter_is_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket, "MAXIMUM_BEGUN_BYTES", 20)
+
+    async def scenario(pair: Pair) -> None:
+        for cut in (20, 21):
+            frame = pair.written(lambda: pair.client.send_text(b"x" * 100))
+            await pair.write(frame[:cut])
+            source = pair.one if pair.one.state.connections else pair.two
+            await pair.until(lambda source=source, cut=cut: begun_bytes(source) == cut)  # type: ignore[misc]
+            source.move_all()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert len(pair.disconnects) == 1, "the first time it moves, the second time it waits"
+            await pair.write(frame[cut:])
+            assert (await pair.hear_text()).endswith("x" * 100)
+            await pair.until(lambda source=source: not source.state.connections)  # type: ignore[misc]
+        assert pair.disconnects == [1012, 1012]
+
+    run(scenario)
+
+
+def begun_bytes(server: Server) -> int:
+    (one,) = server.state.connections
+    assert isinstance(one, WebSocketProtocol)
+    assert one._splitter is not None
+    return one._splitter.rest_bytes
+
+
+def test_a_frame_that_may_move_and_what_comes_with_it_fit_a_letter() -> None:
+    """The request (its head is in one read of the HTTP protocol), what waits for an accept, and one more read."""
+    read_bytes = 256 * 1024
+    assert websocket.MAXIMUM_BEGUN_BYTES + websocket.MAXIMUM_HELD_BYTES + 2 * read_bytes < MAXIMUM_DATA_BYTES
 
 
 def test_pings_before_during_and_after_a_move_are_answered_in_order(run: Run) -> None:

@@ -191,6 +191,38 @@ def test_before_a_drain_a_connection_is_kept_and_counted(run: Run) -> None:
     run(scenario)
 
 
+def test_a_head_without_end_is_answered_400_after_the_answers_that_are_due(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        async with bench.client() as client:
+            client.send(GET % b"/a")
+            assert await client.answer() == (False, b"/a")
+            client.send(GET % b"/wait" + b"GET /b HTTP/1.1\r\nX-Endless: ")
+            await bench.has_started("/wait").wait()
+            client.send(b"x" * (module.MAXIMUM_HEAD_BYTES + 1000))
+            await bench.until(lambda: bench.only._head_bytes > module.MAXIMUM_HEAD_BYTES)
+            bench.gate("/wait").set()
+            assert await client.answer() == (False, b"/wait")
+            client.send(b"x")
+            end = await client.end()
+            assert end.startswith(b"HTTP/1.1 400 ")
+            assert end.endswith(b"Request head too large.")
+
+    run(scenario)
+
+
+def test_a_long_head_that_comes_in_pieces_is_served(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        async with bench.client() as client:
+            for _ in range(2):
+                client.send(b"GET /a HTTP/1.1\r\nX-Long: " + b"x" * (module.MAXIMUM_HEAD_BYTES - 1000))
+                await bench.until(lambda: bench.only._head_bytes > module.MAXIMUM_HEAD_BYTES - 1000)
+                client.send(b"\r\n\r\n")
+                assert await client.answer() == (False, b"/a")
+                bench.only._head_bytes = 0
+
+    run(scenario)
+
+
 # --- idle -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PRODUCT = sorted(path for folder in ("handoff", "lb", "bench") for path in (ROOT / folder).rglob("*.py"))
+PROCESS_MANAGER = [path for path in PRODUCT if path.is_relative_to(ROOT / "handoff")]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAXIMUM_FUNCTION_LINES = 60
 MAXIMUM_FILE_LINES = 560
@@ -76,6 +77,22 @@ def test_tests_do_not_sleep(path: Path) -> None:
 def test_no_process_is_ended_by_its_name(path: Path) -> None:
     words = re.compile(r"\b(p" + r"kill|kill" + r"all)\b")
     assert not words.search(path.read_text())
+
+
+@pytest.mark.parametrize("path", PROCESS_MANAGER, ids=name_of)
+def test_what_hurts_others_is_not_called(path: Path) -> None:
+    """Other people's children are not waited for; a listener, which all processes share, is never shut down; a drain
+    has its own deadline (since Python 3.12 `wait_closed` waits for every connection); the parent's death is an EOF."""
+    for node in nodes(path):
+        name = called(node)
+        where = f"{name_of(path)}:{getattr(node, 'lineno', 0)}: {name}"
+        assert name not in ("os.wait", "os.wait3", "os.wait4"), where
+        assert not name.endswith(".wait_closed"), where
+        if isinstance(node, ast.Call) and node.args:
+            first = ast.unparse(node.args[0])
+            assert not (name == "os.waitpid" and first in ("-1", "0")), where
+            assert not (name.endswith(".shutdown") and "SHUT_" in first), where
+    assert "PDEATHSIG" not in path.read_text().upper()
 
 
 @pytest.mark.parametrize("path", TESTS, ids=name_of)

@@ -9,6 +9,7 @@ import pytest
 
 from handoff.core.generation import GenerationState, Timings
 from handoff.core.respawn import BREAKER_CRASHES, BREAKER_DELAY_SECONDS, STABLE_SECONDS
+from handoff.core.supervisor import SQUEEZE_SECONDS
 from handoff.core.vocabulary import (
     Action,
     Committed,
@@ -1005,8 +1006,32 @@ def test_the_oldest_drain_is_squeezed_when_there_are_too_many_generations() -> N
     before = len(world.actions)
     world.reload()
     go_live(world)
-    squeezed = [action for action in of(world.actions[before:], Drain) if action.seconds == 0.0]
+    squeezed = [action for action in of(world.actions[before:], Drain) if action.seconds == SQUEEZE_SECONDS]
     assert [action.worker for action in squeezed] == [1, 2]
+    text = "generation 1 is ended early: more than 3 generations; reloads come faster than drains end"
+    assert of(world.actions, LogWarning) == [LogWarning(text)]
+
+
+def test_a_generation_that_begins_to_drain_beyond_the_cap_is_squeezed_without_another_reload() -> None:
+    """In a surge a generation retires worker by worker: it may not have drained when the next reload was prepared."""
+    world = live()
+    world.reload()
+    go_live(world, numbers(surge=1, max_generations=2))
+    assert states(world, 1) == ["draining", "accepting"]
+    world.reload()
+    go_live(world, numbers(max_generations=2))
+    assert states(world, 2) == ["draining"]
+    assert [action.worker for action in of(world.actions, Drain) if action.seconds == SQUEEZE_SECONDS] == [1, 2]
+
+
+def test_a_generation_that_is_squeezed_as_it_begins_to_drain_has_time_to_hand_its_connections_over() -> None:
+    world = live()
+    world.reload()
+    go_live(world, numbers(max_generations=1))
+    assert states(world, 1) == ["draining", "draining"]
+    assert SQUEEZE_SECONDS >= 1.0
+    drains = of(world.actions, Drain)
+    assert [action.seconds for action in drains] == [DRAIN_SECONDS] * 2 + [SQUEEZE_SECONDS] * 2
 
 
 def test_a_late_confirmation_does_not_stop_a_drain() -> None:
