@@ -18,7 +18,7 @@ from lb.core.table import Table
 from lb.page import CURRENT
 from lb.relay.letters import BadLetter, RelayLetter, decode, encode
 from lb.relay.moving import Moving
-from tests.unit.test_lb_engine import Backend, Rig, endpoint
+from tests.unit.test_lb_engine import Backend, Full, Rig, endpoint
 
 
 class Post:
@@ -199,6 +199,24 @@ def test_a_client_in_the_queue_moves_and_keeps_its_deadline(two: Two) -> None:
     assert two.new.read(backend.accepted[1], 8) == b"question"
     second.send(b"!")
     assert two.new.read(backend.accepted[1]) == b"!"
+
+
+def test_a_client_that_is_just_being_connected_moves_and_is_connected_anew(two: Two) -> None:
+    backend = two.new.backend()
+    with Full() as full:
+        slow = endpoint(full.address, "slow", maxconn=1)
+        two.old.serve(slow, timeouts=Timeouts(connect_seconds=1000.0))
+        two.new.serve(endpoint(backend, "quick"))
+        client = two.old.client(b"question")
+        two.both(lambda: any(one.target for one in two.old.engine.attempts), "it is being connected")
+        [target] = two.old.engine._targets
+        assert target.connections == 1
+        two.move()
+        assert target.connections == 0
+        two.new.until(backend.look, "it is relayed")
+        assert two.new.read(backend.accepted[0], 8) == b"question"
+        backend.accepted[0].send(b"answer")
+        assert two.new.read(client, 6) == b"answer"
 
 
 def test_half_a_proxy_header_moves(two: Two) -> None:
