@@ -126,7 +126,8 @@ def test_a_hang_up_that_nobody_asked_about_turns_no_loop() -> None:
         while rig.step():
             pass
         rig.server.reset()
-        assert [rig.step(0.05) for _ in range(3)] == [False] * 3, "EPOLLHUP is not told"
+        rig.step(0.05)  # it is told once
+        assert [rig.step(0.05) for _ in range(3)] == [False] * 3
         rig.client.fin()
         rig.finish(rig.client)
         assert rig.client.ending == "reset"
