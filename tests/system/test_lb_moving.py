@@ -11,6 +11,7 @@ import pytest
 from tests.system.balancer import Balancer, config
 from tests.system.harness import Clients, wait_until
 from tests.system.streams import Download, Echo, StreamServer, Upload
+from tests.unit.lb_harness import closed_port
 
 STREAMS = 6
 
@@ -81,6 +82,23 @@ def test_who_waits_for_a_place_moves_and_gets_it(directory: Path) -> None:
             assert server.opened == 1
             first.close()
             second.ask()
+            second.close()
+
+
+def test_who_waits_is_served_though_the_service_is_called_otherwise_by_now(directory: Path) -> None:
+    with StreamServer() as server:
+        one = f'{{ name = "one", address = "{server.address}", maxconn = 1 }}'
+        listen = f"127.0.0.1:{closed_port()}"  # by which the listener is known as the same
+        text = config({"main": [one]}, service='timeouts = { queue = "60s" }', listen=listen)
+        with Balancer(directory, text) as service:
+            first, second = (Echo(("127.0.0.1", service.port)) for _ in range(2))
+            first.ask()
+            service.write(text.replace('"shop"', '"store"'))
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            first.ask()
+            second.ask()
+            assert server.opened == 2
+            first.close()
             second.close()
 
 
