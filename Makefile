@@ -57,6 +57,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench.moves
 	$(BIN)/python -m bench.lb
 	$(BIN)/python -m bench.rollout
+	$(BIN)/python -m bench.lb_moves
 	$(BIN)/python -m bench.reload $(ARGS)
 
 clean:

@@ -67,7 +67,7 @@ def catch_up_before_start(balancer: Balancer, state: Path, near: str) -> tuple[s
         is_new = False
         notes += taken
     if overrides != before:
-        store.save(overrides)
+        store.save(msgspec.structs.replace(overrides, number=before.number + 1))
         if store.problem is not None:
             notes.append(f"what peers know could not be taken: {store.problem}")
     _write_unheard(state, unheard)

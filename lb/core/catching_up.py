@@ -19,7 +19,7 @@ def caught_up(
     have no revision, so that otherwise nobody knows which of the two is newer. The file is still to have its say.
     """
     notes: list[str] = []
-    known = dict(own.services)
+    known, desired = dict(own.services), dict(own.desired)
     for service in services:
         other = theirs.services.get(service.name)
         present = known.get(service.name) or ServiceOverride(configured=service.active)
@@ -30,12 +30,17 @@ def caught_up(
             notes.append(f"{service.name}: revision {other.revision} of {peer} is not taken: {problem}")
             continue
         known[service.name] = msgspec.structs.replace(other, configured=service.active)
+        if service.name in theirs.desired:  # it is in there already
+            desired[service.name] = max(theirs.desired[service.name], desired.get(service.name, (0, 0)))
         shares = other.shares.shares if other.shares is not None else {service.active: 100}
         shown = ", ".join(f"{pool} {share} %" for pool, share in shares.items())
         notes.append(f"{service.name}: revision {other.revision} is taken from {peer}: {shown}")
     fences = {**own.fences, **{name: max(token, own.fences.get(name, 0)) for name, token in theirs.fences.items()}}
     base = theirs if is_new else own
-    return msgspec.structs.replace(base, version=own.version, services=known, fences=fences), tuple(notes)
+    found = msgspec.structs.replace(
+        base, version=own.version, number=own.number, services=known, fences=fences, desired=desired
+    )
+    return found, tuple(notes)
 
 
 def _is_newer(other: ServiceOverride, present: ServiceOverride) -> bool:

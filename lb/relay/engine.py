@@ -291,6 +291,9 @@ class Engine:
         self.connections += 1
         target.relays.add(relay)
 
+    def has_service(self, name: str) -> bool:
+        return name in self._services
+
     def adopt_attempt(self, letter: AttemptLetter, client: socket.socket) -> None:
         """A client of another process, which has no backend yet. Takes ownership."""
         service = self._services.get(letter.service)

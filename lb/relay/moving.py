@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+
+import msgspec
 
 from handoff import Worker
 from handoff.errors import HandoffError
@@ -33,8 +35,12 @@ _LOG = logging.getLogger("handoff.lb")
 class Moving:
     """Of one relay worker."""
 
-    def __init__(self, worker: Worker, engine: Engine, loop: Loop) -> None:
+    def __init__(
+        self, worker: Worker, engine: Engine, loop: Loop, service_at: Callable[[socket.socket], str | None]
+    ) -> None:
+        """`service_at`: the one whose listener a client came by."""
         self._worker, self._engine, self._loop = worker, engine, loop
+        self._service_at = service_at
         self._sent: list[Target] = []
         """Backends of connections that nobody else counts yet, one for each."""
         self._uncount_at = 0.0
@@ -128,6 +134,9 @@ class Moving:
         if isinstance(letter, AttemptLetter):
             client = plain_socket(fds[0])
             fds.clear()
+            if not self._engine.has_service(letter.service):  # it may be called otherwise by now
+                service = self._service_at(client) or letter.service
+                letter = msgspec.structs.replace(letter, service=service)
             self._engine.adopt_attempt(letter, client)
             return
         sockets: list[socket.socket] = []

@@ -91,7 +91,7 @@ class RelayWorker:
             on_older=lambda: self._take(first_table()),
         )
         self.engine = Engine(self._loop, page, table, self._link, self._log)
-        self._moving = Moving(worker, self.engine, self._loop)
+        self._moving = Moving(worker, self.engine, self._loop, self._service_at)
         self._link.open()
 
     def serve(self, listeners: Mapping[str, socket.socket]) -> None:
@@ -128,6 +128,15 @@ class RelayWorker:
     def _take(self, table: Table) -> None:
         self.engine.take(table)
         self._notice_silence()
+
+    def _service_at(self, client: socket.socket) -> str | None:
+        address = client.getsockname()
+        for name, listener in self._listeners.items():
+            own = listener.getsockname()
+            is_anywhere = isinstance(own, tuple) and own[0] in ("0.0.0.0", "::") and own[1:2] == address[1:2]
+            if listener.family == client.family and (own == address or is_anywhere):
+                return _service_of(name)
+        return None
 
     def _notice_silence(self) -> None:
         """Of clients that come from now on, but for those on this machine."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from tests.system.balancer import Balancer, config
 from tests.system.harness import Clients, wait_until
 from tests.system.streams import Download, Echo, StreamServer, Upload
+from tests.unit.lb_harness import closed_port
 
 STREAMS = 6
 
@@ -82,6 +85,23 @@ def test_who_waits_for_a_place_moves_and_gets_it(directory: Path) -> None:
             second.close()
 
 
+def test_who_waits_is_served_though_the_service_is_called_otherwise_by_now(directory: Path) -> None:
+    with StreamServer() as server:
+        one = f'{{ name = "one", address = "{server.address}", maxconn = 1 }}'
+        listen = f"127.0.0.1:{closed_port()}"  # by which the listener is known as the same
+        text = config({"main": [one]}, service='timeouts = { queue = "60s" }', listen=listen)
+        with Balancer(directory, text) as service:
+            first, second = (Echo(("127.0.0.1", service.port)) for _ in range(2))
+            first.ask()
+            service.write(text.replace('"shop"', '"store"'))
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            first.ask()
+            second.ask()
+            assert server.opened == 2
+            first.close()
+            second.close()
+
+
 def test_who_waits_in_an_old_relay_worker_hears_of_a_new_table(directory: Path) -> None:
     """The new file has one listener less: who came there, and has no backend yet, waits in the worker of before."""
     with StreamServer() as server, StreamServer() as other:
@@ -103,6 +123,35 @@ def test_who_waits_in_an_old_relay_worker_hears_of_a_new_table(directory: Path) 
             assert (server.opened, other.opened) == (1, 1)
             first.close()
             second.close()
+
+
+def test_a_relay_worker_that_is_killed_in_a_reload_costs_its_own_connections_only(directory: Path) -> None:
+    with StreamServer() as server:
+        one = f'{{ name = "one", address = "{server.address}", maxconn = {STREAMS} }}'
+        with Balancer(directory, "[balancer]\nrelays = 2\n" + config({"main": [one]})) as service:
+            address = ("127.0.0.1", service.port)
+            echoes = [Echo(address) for _ in range(STREAMS)]
+            for echo in echoes:
+                echo.ask()
+            assert service.ask({"type": "reload"})["exit_code"] == 0
+            one_of_two = next(one for one in service.workers() if one["state"] == "accepting")["pid"]
+            os.kill(one_of_two, signal.SIGKILL)
+            wait_until(lambda: len(service.status()["generations"]) == 1, "no old process is left")
+            lost = 0
+            for number, echo in enumerate(echoes):
+                try:
+                    echo.ask()
+                except (ConnectionError, EOFError):
+                    lost += 1
+                    echo.close()
+                    echoes[number] = Echo(address)  # it gets a place: what the killed one had counts no more
+                    echoes[number].ask()
+            assert lost < STREAMS
+            assert server.opened == STREAMS + lost
+            assert service.backends()["main/one"]["connections"] == STREAMS
+            for echo in echoes:
+                echo.close()
+            wait_until(lambda: service.backends()["main/one"]["connections"] == 0, "nobody is left")
 
 
 def test_a_stop_ends_what_moves(directory: Path) -> None:

@@ -85,6 +85,16 @@ def test_a_peer_that_is_no_balancer_is_a_mistake_in_the_file(address: str) -> No
         parse_config(text, "lb.toml")
 
 
+def test_a_wish_of_a_rollout_that_the_peer_has_taken_is_not_taken_twice() -> None:
+    """Somebody there has switched since; the watch would undo that."""
+    theirs = at(5, "blue", desired={"shop": (7, 2), "blog": (3, 1)}, number=40)
+    found, _ = caught_up(at(4, "green", desired={"shop": (6, 1)}, number=2), theirs, [SHOP], "lb2", is_new=False)
+    assert (found.desired, found.number) == ({"shop": (7, 2)}, 2)
+    found, _ = caught_up(at(6, "green", desired={"shop": (6, 1)}), theirs, [SHOP], "lb2", is_new=False)
+    assert found.desired == {"shop": (6, 1)}, "what was not taken is not noted"
+    assert caught_up(Overrides(), theirs, [SHOP], "lb2", is_new=True)[0].desired == {"shop": (7, 2)}
+
+
 # --- with real controllers ------------------------------------------------------------------------------------------
 
 
@@ -115,6 +125,7 @@ def test_a_starting_balancer_has_what_was_switched_while_it_was_down(tmp_path: P
                 assert notes == (f"shop: revision 2 is taken from {peer_at(running)}: green 100 %",)
                 found = read_overrides(tmp_path / "state")
                 assert (found.services["shop"].revision, shares_of(SHOP, found)) == (2, {"green": 100})
+                assert found.number == 1, "later than what any process of an earlier run knows"
                 assert await started(own, tmp_path) == (), "there is nothing newer"
                 assert not (tmp_path / "state" / UNHEARD_NAME).exists()
             async with controller(own, tmp_path) as other, relay(other.directory) as one:

@@ -56,6 +56,27 @@ class Backend:
             one.close()
 
 
+class Full:
+    """A listener whose queue is full: who connects there gets no answer."""
+
+    def __init__(self) -> None:
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(0)
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._fillers = [socket.socket() for _ in range(3)]
+        for filler in self._fillers:
+            filler.setblocking(False)
+            assert filler.connect_ex(self._listener.getsockname()) in (0, errno.EINPROGRESS)
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in (self._listener, *self._fillers):
+            one.close()
+
+
 class Rig:
     """An engine with one service and its listener."""
 

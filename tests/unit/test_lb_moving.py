@@ -16,9 +16,9 @@ from handoff.core.proxy_protocol import encode_v2
 from lb.core.model import Timeouts
 from lb.core.table import Table
 from lb.page import CURRENT
-from lb.relay.letters import BadLetter, RelayLetter, decode, encode
+from lb.relay.letters import AttemptLetter, BadLetter, RelayLetter, decode, encode
 from lb.relay.moving import Moving
-from tests.unit.test_lb_engine import Backend, Rig, endpoint
+from tests.unit.test_lb_engine import Backend, Full, Rig, endpoint
 
 
 class Post:
@@ -58,6 +58,8 @@ class Two:
         self.new = Rig(tmp_path / "new")
         self.post = Post()
         self._moving: dict[Rig, Moving] = {}
+        self.service: str | None = None
+        """Whose listener clients came by."""
 
     def serve(self, *endpoints: Any, **route: Any) -> None:
         self.old.serve(*endpoints, **route)
@@ -67,7 +69,7 @@ class Two:
         worker: Any = self.post
         assert {"hand_over", "adopted_fds", "surplus", "draining", "can_hand_over", "has_unread"} <= set(dir(Worker))
         if rig not in self._moving:
-            self._moving[rig] = Moving(worker, rig.engine, rig.loop)
+            self._moving[rig] = Moving(worker, rig.engine, rig.loop, lambda _: self.service)
         return self._moving[rig]
 
     def move(self) -> None:
@@ -199,6 +201,56 @@ def test_a_client_in_the_queue_moves_and_keeps_its_deadline(two: Two) -> None:
     assert two.new.read(backend.accepted[1], 8) == b"question"
     second.send(b"!")
     assert two.new.read(backend.accepted[1]) == b"!"
+
+
+def test_a_client_that_is_just_being_connected_moves_and_is_connected_anew(two: Two) -> None:
+    backend = two.new.backend()
+    with Full() as full:
+        slow = endpoint(full.address, "slow", maxconn=1)
+        two.old.serve(slow, timeouts=Timeouts(connect_seconds=1000.0))
+        two.new.serve(endpoint(backend, "quick"))
+        client = two.old.client(b"question")
+        two.both(lambda: any(one.target for one in two.old.engine.attempts), "it is being connected")
+        [target] = two.old.engine._targets
+        assert target.connections == 1
+        two.move()
+        assert target.connections == 0
+        two.new.until(backend.look, "it is relayed")
+        assert two.new.read(backend.accepted[0], 8) == b"question"
+        backend.accepted[0].send(b"answer")
+        assert two.new.read(client, 6) == b"answer"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_who_waits_in_a_service_that_is_called_otherwise_by_now_goes_to_it(two: Two, is_there: bool) -> None:
+    backend = two.new.backend()
+    two.serve(endpoint(backend, maxconn=1))
+    two.old.client()
+    two.relayed(backend)
+    client = two.old.client(b"question")
+    two.both(lambda: two.old.engine.waiting == 1, "one waits")
+    [attempt] = two.old.engine.attempts
+    letter = AttemptLetter(service="former", state=attempt.state())
+    two.post.letters = [([os.dup(attempt.client.fileno())], encode(letter))]
+    two.old.engine.let_attempt_go(attempt)
+    two.service = "shop" if is_there else None
+    two.moving(two.new).adopt_some()
+    if is_there:
+        assert two.new.engine.waiting == 1
+    else:
+        assert two.new.read(client) == b"reset"
+
+
+def test_a_letter_of_a_newer_release_is_read(two: Two) -> None:
+    backend = two.new.backend()
+    two.serve(endpoint(backend))
+    two.old.client()
+    two.relayed(backend)
+    [relay] = two.old.engine.relays()
+    letter, _ = two.old.engine.letter(relay)
+    said = msgspec.msgpack.decode(encode(letter))
+    newer = said | {"mood": "good", "state": said["state"] | {"weather": [1]}}
+    assert decode(msgspec.msgpack.encode(newer), 2) == letter
 
 
 def test_half_a_proxy_header_moves(two: Two) -> None:
