@@ -21,7 +21,7 @@ from lb.rollout.journal import Journal
 from lb.rollout.journal import Request as Wish
 from lb.rollout.report import Lines
 from lb.rollout.runner import Paused
-from lb.rollout.session import Session
+from lb.rollout.session import Session, opened
 from lb.rollout.stores.base import Fenced, Locked, StoreError
 from lb.rollout.stores.sqlite import SQLiteStore, since_boot
 from tests.sim.rollout_world import World
@@ -574,3 +574,33 @@ def test_a_host_that_an_operator_has_put_out_gets_the_version_and_stays_out(tmp_
         ]
 
     play(tmp_path, rolling(drain=True, max_unavailable=2), scenario)
+
+
+def test_a_clock_that_is_set_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a day there and back, each time that somebody looks."""
+    real, looks = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: real() + (86400 if next(looks) % 2 else -86400))
+
+    async def scenario(bench: Bench) -> None:
+        assert await bench.deploy_version() is Verdict.COMMITTED
+        assert bench.world.log[-1] == "retire blue"
+        assert await bench.deploy_version("v3") is Verdict.COMMITTED
+
+    play(tmp_path, pools(retire="retire {pool}", keep_seconds=0.2, lock_seconds=5.0), scenario)
+
+
+def test_the_first_balancer_that_is_not_left_out_keeps_the_journal(capsys: pytest.CaptureFixture[str]) -> None:
+    async def keeper(*without: str) -> str:
+        deploy = rolling(
+            balancers=("unix:/nowhere/1", "unix:/nowhere/2"), hosts=(Host(name="a", handoff="/nowhere/3"),)
+        )
+        async with opened(deploy, Lines(), without) as session:
+            with pytest.raises(StoreError) as caught:
+                await session.latest()
+            return caught.value.message
+
+    assert "store balancer unix:/nowhere/1: " in asyncio.run(keeper())
+    assert "store balancer unix:/nowhere/2: " in asyncio.run(keeper("unix:/nowhere/1"))
+    assert "store host a: " in asyncio.run(keeper("unix:/nowhere/1", "unix:/nowhere/2"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "without unix:/nowhere/1, which keeps the journal: balancer unix:/nowhere/2 keeps one for now"
