@@ -11,6 +11,7 @@ import abc
 import asyncio
 import http.client
 import os
+import re
 import socket
 import ssl
 from typing import NamedTuple, Protocol, TypeVar
@@ -224,8 +225,9 @@ def _parsed(address: str) -> _Parsed:
             return _Parsed(kind, rest, url, query)
         if kind in ("http", "https") and not url.username and set(query) <= {"token_file"}:
             return _Parsed(kind, rest, url, query)
+    shown = re.sub(r"(//[^/@:]*):[^@/]*@", r"\1:***@", address)  # a password has no place there, nor in a log
     raise UsageError(
-        f"balancer {address}: expected ssh://[USER@]HOST[:PORT][?name=NAME], http(s)://HOST:PORT[?token_file=PATH], "
+        f"balancer {shown}: expected ssh://[USER@]HOST[:PORT][?name=NAME], http(s)://HOST:PORT[?token_file=PATH], "
         f"unix:PATH or local[:NAME]"
     )
 

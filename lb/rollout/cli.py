@@ -93,9 +93,9 @@ def start(version: str, file: str, strategy: str | None, without: tuple[str, ...
             return (await session.work(lease, begun, is_new=True)).exit_code
 
     if not yes and sys.stdin.isatty() and sys.stdout.isatty():
-        _with_session(deploy, show)
+        _with_session(deploy, show, without=without)
         click.confirm(f"Roll {version} out?", abort=True)  # without the lock: people may take their time
-    return _with_session(deploy, run, made_report())
+    return _with_session(deploy, run, made_report(), without)
 
 
 @main.command()
@@ -176,7 +176,7 @@ def abort(file: str, without: tuple[str, ...]) -> int:
             # Whoever stopped right then has not heard it any more.
             return code if await session.is_at_work() else await run(session)
 
-    return _with_session(_read(file), run, made_report())
+    return _with_session(_read(file), run, made_report(), without)
 
 
 @main.command()
@@ -190,7 +190,7 @@ def resume(file: str, without: tuple[str, ...]) -> int:
             found = await session.resumable(without)
             return (await session.work(lease, found, is_new=False)).exit_code
 
-    return _with_session(_read(file), run, made_report())
+    return _with_session(_read(file), run, made_report(), without)
 
 
 @main.command()
@@ -205,7 +205,7 @@ def rollback(file: str, strategy: str | None, without: tuple[str, ...]) -> int:
             begun = await session.begin_rollback(without)
             return (await session.work(lease, begun, is_new=True)).exit_code
 
-    return _with_session(_read(file, strategy), run, made_report())
+    return _with_session(_read(file, strategy), run, made_report(), without)
 
 
 @main.command()
@@ -260,9 +260,14 @@ def _check_version(version: str) -> None:
         raise UsageError(f"version {version!r}: expected up to 128 letters, digits and . _ + -, not . - + _ first")
 
 
-def _with_session(deploy: Deploy, work: Callable[[Session], Awaitable[int]], report: Report | None = None) -> int:
+def _with_session(
+    deploy: Deploy,
+    work: Callable[[Session], Awaitable[int]],
+    report: Report | None = None,
+    without: tuple[str, ...] = (),
+) -> int:
     async def run() -> int:
-        async with opened(deploy, report or Lines()) as session:
+        async with opened(deploy, report or Lines(), without) as session:
             try:
                 return await work(session)
             except CannotPlan as error:

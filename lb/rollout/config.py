@@ -49,6 +49,7 @@ class _Reader(TableReader):
             self._fail(("host",), "host", f"expected tables [[host]], 1 to {MAXIMUM_HOSTS}")
         hosts = tuple(self._host(("host", index), one, own["service"]) for index, one in enumerate(listed))
         self._refuse_twice([(("host", index, "name"), one.name) for index, one in enumerate(hosts)])
+        self._refuse_twice([(("host", i, "server"), one.server) for i, one in enumerate(hosts) if one.server])
         deploy = Deploy(hosts=hosts, gate=gate, **own)
         self._check_commands(deploy)
         self.check_whole(deploy)

@@ -14,6 +14,8 @@ from lb.rollout.balancers import BalancerClient
 from lb.rollout.transport import Transport, repeatedly
 
 STATUS_TIMEOUT_SECONDS = 15.0
+_OURS = " by rollout "
+"""In what balancers tell of an override: `drain by rollout ID: deploy v2`."""
 
 
 class Fleet:
@@ -78,6 +80,16 @@ class Fleet:
                 found.add(host.name)
         return found
 
+    def _held(self, statuses: Mapping[str, ServiceStatus]) -> dict[str, tuple[str, ...]]:
+        """Put out by an operator, or by its agent; not by a rollout that has not come to its end."""
+        found: dict[str, tuple[str, ...]] = {}
+        for host in self.deploy.hosts:
+            for address, status in statuses.items():
+                backend = find_backend(host, status)
+                if backend is not None and backend.administrative != "ready" and _OURS not in backend.override:
+                    found[host.name] = (*found.get(host.name, ()), address)
+        return found
+
     def counts(self, statuses: Mapping[str, ServiceStatus], hosts: Collection[str]) -> Counts:
         """Of these hosts, over all balancers."""
         found = Counts()
@@ -115,6 +127,7 @@ class Fleet:
         return Seen(
             previous={one.name: previous[one.name] for one in self.deploy.hosts if one.name in previous},
             down=tuple(sorted(self.down(statuses))),
+            held=self._held(statuses),
             active=self._active(statuses) if self.deploy.strategy != "rolling" else None,
         )
 

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 
 import msgspec
 
@@ -193,11 +193,16 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def opened(deploy: Deploy, report: Report) -> AsyncIterator[Session]:
-    """The fleet and the store of the file, closed at the end. Raises HandoffError."""
+async def opened(deploy: Deploy, report: Report, without: Collection[str] = ()) -> AsyncIterator[Session]:
+    """The fleet and the store of the file, closed at the end. Raises HandoffError. `without`: balancers that are dead,
+    and keep no store."""
     fleet = Fleet(deploy, client_for, lambda host: transport_for(host.ssh, host.handoff))
     try:
-        store = await asyncio.to_thread(_store, deploy, fleet, asyncio.get_running_loop())
+        kept = tuple(one for one in deploy.balancers if one not in without)
+        if deploy.store == "balancer" and kept[:1] != deploy.balancers[:1]:
+            where = f"balancer {kept[0]}" if kept else f"host {deploy.hosts[0].name}"
+            report.says(f"without {deploy.balancers[0]}, which keeps the journal: {where} keeps one for now")
+        store = await asyncio.to_thread(_store, deploy, kept, fleet, asyncio.get_running_loop())
         try:
             yield Session(deploy, store, fleet, report)
         finally:
@@ -206,13 +211,13 @@ async def opened(deploy: Deploy, report: Report) -> AsyncIterator[Session]:
         await fleet.aclose()
 
 
-def _store(deploy: Deploy, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> Store:
+def _store(deploy: Deploy, balancers: Sequence[str], fleet: Fleet, loop: asyncio.AbstractEventLoop) -> Store:
     """As the file names it: a URL; or what the first balancer keeps, without balancers the first host."""
 
     async def call(request: bytes) -> bytes:
         async with asyncio.timeout(STORE_SECONDS):
-            if deploy.balancers:
-                return await fleet.balancer(deploy.balancers[0]).store_call(request, STORE_SECONDS)
+            if balancers:
+                return await fleet.balancer(balancers[0]).store_call(request, STORE_SECONDS)
             host = deploy.hosts[0]
             return await fleet.transport(host).request(["handoff", "host", "store"], request, STORE_SECONDS)
 
@@ -221,7 +226,7 @@ def _store(deploy: Deploy, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> Sto
 
     if deploy.store != "balancer":
         return open_store(deploy.store)
-    keeper = f"balancer {deploy.balancers[0]}" if deploy.balancers else f"host {deploy.hosts[0].name}"
+    keeper = f"balancer {balancers[0]}" if balancers else f"host {deploy.hosts[0].name}"
     return RemoteStore(blocking, keeper)
 
 

@@ -70,6 +70,8 @@ class PlayedBalancer:
         self.percents = {"blue": 100, "green": 0}
         self.revision = 1
         self.drained: set[str] = set()
+        self.held: dict[str, str] = {}
+        """Servers that somebody has put out: `maint by ann: why`."""
         self.is_slow_to_switch = False
         self.slow: list[Request] = []
         """Questions that did not come yet."""
@@ -98,10 +100,14 @@ class PlayedBalancer:
 
     def _backend(self, host: Host) -> BackendStatus:
         is_up = host.name not in self._world.sick
-        state = "drain" if host.server in self.drained else "ready"
+        override = (
+            "drain by rollout r: deploy v2" if host.server in self.drained else self.held.get(host.server or "", "")
+        )
+        state = override.partition(" ")[0] or "ready"
         return msgspec.convert(
             {
-                **dict.fromkeys(("name", "address", "identity", "last_check", "override"), ""),
+                **dict.fromkeys(("name", "address", "identity", "last_check"), ""),
+                "override": override,
                 **dict.fromkeys(("connections", "total", "failed", "reset", "sent_bytes", "received_bytes"), 0),
                 "administrative": state,
                 "health": "up" if is_up else "down",

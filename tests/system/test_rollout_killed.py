@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -69,7 +70,7 @@ class Rollouts:
         self.one_pool = config({"main": shown}, check=check)
         self.two_pools = config({"blue": shown[:1], "green": shown[1:]}, check=check)
         self.balancer = Balancer(directory, self.one_pool)
-        self._ahead = itertools.count(0, 1000)
+        self._ahead = itertools.count(1000, 1000)
         state = {"HANDOFF_HOST_STATE": str(directory / "hosts"), "PYTHONPATH": str(ROOT)}
         self.environment = {**os.environ, **state}
         self.deployers = subprocess.Popen(
@@ -85,14 +86,28 @@ class Rollouts:
             text.replace("ROOT", str(self.directory)).replace("ADMIN", str(admin))
         )
 
+    @contextlib.contextmanager
+    def serving(self, text: str = "") -> Iterator[Balancer]:
+        """The balancer, its backends checked. `text`: another lb.toml."""
+        self.balancer.write(text or self.one_pool)
+        with self.balancer as balancer:
+            wait_until(lambda: all(one["health"] == "up" for one in balancer.backends().values()), "they are up")
+            yield balancer
+
     def deployer(self, *arguments: str, when: str = "before", at: int = 0) -> Outcome:
-        """One of `handoff deploy`, to its end."""
+        """One of `handoff deploy`, to its end. The leases of all before it have ended."""
+        self.ask(*arguments, when=when, at=at)
+        return self.answer()
+
+    def ask(self, *arguments: str, when: str = "before", at: int = 0) -> None:
         words = [*arguments, "--file", str(self.directory / "deploy.toml")]
         wish = Wish(arguments=words, when=when, at=at, ahead=next(self._ahead))
         assert self.deployers.stdin is not None
-        assert self.deployers.stdout is not None
         self.deployers.stdin.write(msgspec.json.encode(wish) + b"\n")
         self.deployers.stdin.flush()
+
+    def answer(self) -> Outcome:
+        assert self.deployers.stdout is not None
         return msgspec.json.decode(self.deployers.stdout.readline(), type=Outcome)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
@@ -105,12 +120,17 @@ class Rollouts:
             text=True,
         )
 
+    def handoff(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "handoff", *words]
+        return subprocess.run(command, env=self.environment, input=stdin, capture_output=True, text=True, check=False)
+
     def killed_at_every_step(self, version: str) -> int:
         """Begin, and go on, each time killed a little later, until the run has ended. How many deployers it took."""
         found = self.deployer(version, "--yes", when="behind", at=1)
         for number, (when, at) in enumerate(itertools.chain([("behind", 1), ("before", 3)], itertools.cycle(CYCLE)), 2):
             assert number <= MAXIMUM_DEPLOYERS, found.output
             if found.exit_code != -signal.SIGKILL:
+                assert self.status()["verdict"] is not None, found.output
                 return number
             found = self.deployer("resume", when=when, at=at)
         raise AssertionError("unreachable")
@@ -132,6 +152,10 @@ class Rollouts:
         return {path.parent.name: path.read_text().strip() for path in self.directory.glob("*/current")}
 
 
+pytestmark = pytest.mark.timeout(600)
+"""Dozens of processes one after the other, each of them short."""
+
+
 @pytest.fixture
 def rollouts(tmp_path: Path) -> Iterator[Rollouts]:
     with http_backends(tmp_path, "web1", "web2") as backends:
@@ -143,7 +167,7 @@ def rollouts(tmp_path: Path) -> Iterator[Rollouts]:
 def test_killed_at_every_step_of_a_rolling_run_each_deployer_goes_on_where_the_last_one_died(
     rollouts: Rollouts,
 ) -> None:
-    with rollouts.balancer:
+    with rollouts.serving():
         rollouts.write(HEAD + 'drain = true\nbake = "0s"\n' + ROLLING)
         assert rollouts.killed_at_every_step("v2") > 35
         assert rollouts.status()["verdict"] == "committed"
@@ -155,7 +179,7 @@ def test_killed_at_every_step_of_a_rolling_run_each_deployer_goes_on_where_the_l
 
 
 def test_killed_at_every_step_of_the_way_back_it_is_taken_once(rollouts: Rollouts) -> None:
-    with rollouts.balancer:
+    with rollouts.serving():
         rollouts.write(HEAD + 'bake = "0s"\n' + ROLLING)
         rollouts.killed_at_every_step("bad")
         assert rollouts.status()["verdict"] == "rolled back"
@@ -167,8 +191,7 @@ def test_killed_at_every_step_of_the_way_back_it_is_taken_once(rollouts: Rollout
 
 
 def test_killed_at_every_step_of_blue_green_it_ends_in_one_pool_and_one_verdict(rollouts: Rollouts) -> None:
-    rollouts.balancer.write(rollouts.two_pools)
-    with rollouts.balancer as balancer:
+    with rollouts.serving(rollouts.two_pools) as balancer:
         retire = (
             'strategy = "blue-green"\nbake = "10ms"\nkeep = "10ms"\nretire = "echo $HANDOFF_OPERATION >>ROOT/log"\n'
         )
@@ -182,8 +205,7 @@ def test_killed_at_every_step_of_blue_green_it_ends_in_one_pool_and_one_verdict(
 
 
 def test_killed_at_every_step_of_a_switch_and_back_it_ends_where_it_began(rollouts: Rollouts) -> None:
-    rollouts.balancer.write(rollouts.two_pools)
-    with rollouts.balancer as balancer:
+    with rollouts.serving(rollouts.two_pools) as balancer:
         discard = 'strategy = "blue-green"\nbake = "10ms"\ndiscard = "echo $HANDOFF_OPERATION >>ROOT/log"\n'
         rollouts.write(HEAD + discard + POOLS + '[gate]\ncommand = "false"\n')
         rollouts.killed_at_every_step("v2")
@@ -217,7 +239,7 @@ class Gate:
 
 def test_of_two_that_deploy_at_once_one_wins_and_the_other_is_told_who(rollouts: Rollouts) -> None:
     gate = Gate(rollouts.directory)
-    with rollouts.balancer:
+    with rollouts.serving():
         rollouts.write(HEAD.replace("once = ", f'before = "{gate.line}"\nonce = ') + 'bake = "0s"\n' + ROLLING)
         both = [rollouts.start(version, "--yes") for version in ("v2", "v3")]
         wait_until(lambda: any(one.poll() is not None for one in both), "one is refused")
@@ -235,32 +257,19 @@ def test_of_two_that_deploy_at_once_one_wins_and_the_other_is_told_who(rollouts:
 
 def test_a_deployer_that_stood_still_past_its_lease_is_refused_everywhere(rollouts: Rollouts) -> None:
     gate = Gate(rollouts.directory)
-    with rollouts.balancer as balancer:
-        text = HEAD.replace('lock_timeout = "60s"', 'lock_timeout = "2s"').replace(
-            "once = ", f'before = "{gate.line}"\nonce = '
-        )
+    with rollouts.serving() as balancer:
+        text = HEAD.replace("once = ", f'before = "{gate.line}"\nonce = ')
         rollouts.write(text + 'drain = true\nbake = "0s"\n' + ROLLING)
         first = rollouts.start("v2", "--yes")
         try:
             gate.wait()
             first.send_signal(signal.SIGSTOP)
-            ended: list[subprocess.Popen[str]] = []
-
-            def has_the_lock() -> bool:
-                """Whoever comes before the lease has ended is told so, and comes again."""
-                if ended and ended[-1].poll() is None:
-                    return len(gate.tokens) == 2
-                for one in ended[-1:]:
-                    said, _ = one.communicate()
-                    assert one.returncode == 6, said
-                ended.append(rollouts.start("resume"))
-                return False
-
-            wait_until(has_the_lock, "its successor has the lock")
+            rollouts.ask("resume")
+            wait_until(lambda: len(gate.tokens) == 2, "its successor has the lock")
             gate.open()
             gate.open()
-            said, _ = ended[-1].communicate(timeout=DEADLINE_SECONDS)
-            assert ended[-1].returncode == 0, said
+            found = rollouts.answer()
+            assert found.exit_code == 0, found.output
             first.send_signal(signal.SIGCONT)
             said, _ = first.communicate(timeout=DEADLINE_SECONDS)
             assert first.returncode == 7, said
@@ -271,57 +280,28 @@ def test_a_deployer_that_stood_still_past_its_lease_is_refused_everywhere(rollou
             first.communicate()
         older = gate.tokens[0]
         drain = {"server": "shop/web1", "fence": "deploy/shop", "token": int(older)}
-        asked = json.dumps({"method": "POST", "path": "/v1/drain", "body": json.dumps(drain)})
-        said = subprocess.run(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "handoff",
-                "lb",
-                "request",
-                "--name",
-                "edge",
-                "--run-dir",
-                str(balancer.run_dir),
-            ],
-            input=asked,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        asked = {"method": "POST", "path": "/v1/drain", "body": json.dumps(drain)}
+        words = ["lb", "request", "--name", "edge", "--run-dir", str(balancer.run_dir)]
+        said = rollouts.handoff(*words, stdin=json.dumps(asked)).stdout
         assert json.loads(json.loads(said)["body"])["exit_code"] == 7
         words = ["host", "exec", "--service", "shop", "--token", older, "--operation", "late", "--", "true"]
-        late = subprocess.run(
-            [sys.executable, "-P", "-m", "handoff", *words],
-            env=rollouts.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        late = rollouts.handoff(*words)
         assert (late.returncode, "is fenced" in late.stderr) == (7, True)
         assert rollouts.versions() == {"web1": "v2", "web2": "v2"}
 
 
 def test_a_command_goes_on_while_its_deployer_is_killed_and_the_next_one_joins_it(rollouts: Rollouts) -> None:
     gate = Gate(rollouts.directory)
-    with rollouts.balancer:
-        text = HEAD.replace('lock_timeout = "60s"', 'lock_timeout = "500ms"')
-        rollouts.write(
-            text.replace("mkdir -p ROOT/{host}", f"mkdir -p ROOT/{{host}}; test {{host}} != web1 || {{ {gate.line}; }}")
-            + 'bake = "0s"\n'
-            + ROLLING
-        )
+    with rollouts.serving():
+        waits = f"mkdir -p ROOT/{{host}}; test {{host}} != web1 || {{ {gate.line}; }}"
+        rollouts.write(HEAD.replace("mkdir -p ROOT/{host}", waits) + 'bake = "0s"\n' + ROLLING)
         first = rollouts.start("v2", "--yes")
         gate.wait()
         first.kill()
-        first.communicate()  # its end
-        second = rollouts.start("resume")
+        first.communicate()
+        rollouts.ask("resume")
         gate.open()
-        said, _ = second.communicate(timeout=DEADLINE_SECONDS)
-        while second.returncode == 6:
-            second = rollouts.start("resume")
-            said, _ = second.communicate(timeout=DEADLINE_SECONDS)
-        assert second.returncode == 0, said
+        found = rollouts.answer()
+        assert found.exit_code == 0, found.output
         assert len(gate.tokens) == 1
         rollouts.ran()

@@ -26,6 +26,7 @@ from handoff.settings import Settings
 from handoff.worker.http import LINGER_SECONDS
 from lb.cli import main as balancer
 from lb.host.cli import main as host
+from lb.rollout.cli import main as deploy
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -134,7 +135,7 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize(("document", "line"), command_lines())
 def test_the_command_line_takes_what_the_documents_say(document: str, line: str) -> None:
-    assert parsed(line).info_name in (*handoff.commands, *balancer.commands, *host.commands)
+    assert parsed(line).info_name in (*handoff.commands, *balancer.commands, *host.commands, *deploy.commands)
 
 
 def parsed(line: str) -> click.Context:
@@ -144,13 +145,16 @@ def parsed(line: str) -> click.Context:
     if name in ("lb", "host"):
         commands = (balancer if name == "lb" else host).commands
         name, *arguments = arguments
+    if name == "deploy":
+        commands = deploy.commands
+        name, *arguments = arguments if arguments[0] in commands else ["start", *arguments]
     with click.Context(handoff) as parent:
         return commands[name].make_context(name, arguments, parent=parent)
 
 
 def test_the_readme_names_every_command() -> None:
     named = {line.split()[1] for document, line in command_lines() if document == README.name}
-    assert named == {*handoff.commands, "lb"}
+    assert named == {*handoff.commands, "lb", "deploy"}
 
 
 def test_make_knows_the_targets_that_the_documents_name() -> None:

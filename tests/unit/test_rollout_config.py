@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from handoff.errors import UsageError
-from lb.core.rollout.model import Gate, Host
+from lb.core.rollout.model import Deploy, Gate, Host
+from lb.rollout import config
+from lb.rollout.cli import main
 from lb.rollout.config import parse_deploy, with_strategy
+from tests.unit.test_docs import ROOT, code_of, rows
 
 WHOLE = """
 [deploy]
@@ -109,3 +113,54 @@ def test_a_strategy_of_the_command_line_must_fit_the_hosts() -> None:
         with_strategy(parse_deploy(pools, "deploy.toml"), "blue-green")
     changed = parse_deploy(pools.replace("shop/blue/j", "shop/green/j"), "deploy.toml")
     assert with_strategy(changed, "canary").strategy == "canary"
+
+
+# --- what docs/rollouts.md says ---------------------------------------------------------------------------------------
+
+
+def documented(heading: str) -> list[list[str]]:
+    text = (ROOT / "docs" / "rollouts.md").read_text().partition(f"{heading}\n")[2].partition("\n#")[0]
+    return [row for row in rows(text) if row[0] not in ("key", "command")]
+
+
+@pytest.mark.parametrize(
+    ("heading", "known"),
+    [
+        ("### `[deploy]`", set(config._DEPLOY)),
+        ("### `[[host]]`", {*config._HOST, "variables"}),
+        ("### `[gate]`", set(config._GATE)),
+        ("## Commands", {*main.commands} - {"start"} | {"VERSION"}),
+    ],
+)
+def test_every_key_and_command_is_documented(heading: str, known: set[str]) -> None:
+    assert {code_of(row[0])[0].split()[0] for row in documented(heading)} == known
+
+
+def test_every_option_of_a_command_is_documented() -> None:
+    for row in documented("## Commands"):
+        name = code_of(row[0])[0].split()[0]
+        command = main.commands["start" if name == "VERSION" else name]
+        options = {option for one in command.params for option in one.opts if option.startswith("--")}
+        assert set(code_of(row[1])) == options - {"--file"}, name
+
+
+def test_documented_defaults_are_those_of_the_code() -> None:
+    fields = {one.name: one.default for one in msgspec.structs.fields(Deploy)}
+    for key, (name, _) in config._DEPLOY.items():
+        cell = next(row[1] for row in documented("### `[deploy]`") if code_of(row[0]) == [key])
+        default = fields[name]
+        match default:
+            case bool():
+                shown = str(default).lower()
+            case float():
+                shown = f'"{default:g}s"'
+            case tuple():
+                shown = str(list(default))
+            case str() if key != "batch":
+                shown = f'"{default}"'
+            case _:
+                shown = str(default)
+        if cell not in ("none", "–"):
+            assert cell == f"`{shown}`", key
+        else:
+            assert default in (None, (), msgspec.NODEFAULT), key

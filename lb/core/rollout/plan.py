@@ -80,6 +80,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """Hosts that get no connections, on some balancer."""
     active: str | None = None
     """The pool that gets new connections, on every balancer."""
+    held: dict[str, tuple[str, ...]] = {}
+    """Hosts that somebody else has put out, and on which balancers: they stay out there."""
 
 
 class CannotPlan(Exception):
@@ -115,7 +117,8 @@ def rolling(deploy: Deploy, version: str, balancers: Sequence[str], seen: Seen) 
     made = _hook(deploy, version, hosts)
     once = deploy.once
     for number, batch in enumerate(batches(deploy, hosts, seen.down), 1):
-        made += batch_groups(deploy, f"b{number}", batch, {one.name: version for one in batch}, balancers, once)
+        versions = {one.name: version for one in batch}
+        made += batch_groups(deploy, f"b{number}", batch, versions, balancers, once, held=seen.held)
         once = None
     return tuple(made)
 
@@ -138,13 +141,14 @@ def batch_groups(
     balancers: Sequence[str],
     once: str | None = None,
     with_stage: bool = True,
+    held: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Group]:
-    """Out of the balancers, if it is to be, the new version, and in again."""
+    """Out of the balancers, if it is to be, the new version, and in again; where somebody holds it, it stays out."""
     behind = [one for one in hosts if one.server is not None and balancers]
     names = tuple(one.name for one in behind)
     title = ", ".join(one.name for one in hosts)
 
-    def at_balancers(kind: Kind, seconds: float) -> list[Step]:
+    def at_balancers(kind: Kind, seconds: float, of_held: bool) -> list[Step]:
         return [
             Step(
                 id=f"{prefix}.{kind.value}.{host.name}.{number}",
@@ -155,6 +159,7 @@ def batch_groups(
             )
             for host in behind
             for number, one in enumerate(balancers, 1)
+            if (one in (held or {}).get(host.name, ())) is of_held
         ]
 
     groups: list[tuple[str, Sequence[Step]]] = []
@@ -162,7 +167,7 @@ def batch_groups(
     may_be_out = (f"{title}: may be out of service", [budget] if names else [])
     if deploy.drain:
         groups.append(may_be_out)
-        groups.append((f"{title}: drain", at_balancers(Kind.DRAIN, deploy.drain_timeout_seconds)))
+        groups.append((f"{title}: drain", at_balancers(Kind.DRAIN, deploy.drain_timeout_seconds, False)))
     if with_stage:
         groups.append((f"{title}: stage", on_hosts(deploy, prefix, Kind.STAGE, deploy.stage, hosts, versions)))
     groups.append((f"{hosts[0].name}: once", on_hosts(deploy, prefix, Kind.ONCE, once, hosts[:1], versions)))
@@ -171,7 +176,11 @@ def batch_groups(
     groups.append((f"{title}: activate", on_hosts(deploy, prefix, Kind.ACTIVATE, deploy.activate, hosts, versions)))
     groups.append((f"{title}: reload", on_hosts(deploy, prefix, Kind.RELOAD, deploy.reload, hosts, versions)))
     up = Kind.READY if deploy.drain else Kind.HEALTHY
-    groups.append((f"{title}: in service", at_balancers(up, deploy.check_timeout_seconds)))
+    steps = [
+        *at_balancers(up, deploy.check_timeout_seconds, False),
+        *at_balancers(Kind.HEALTHY, deploy.check_timeout_seconds, True),
+    ]
+    groups.append((f"{title}: in service", steps))
     if deploy.bake_seconds:
         bake = Step(id=f"{prefix}.bake", kind=Kind.BAKE, hosts=tuple(versions), seconds=deploy.bake_seconds)
         groups.append((f"{title}: bake", [bake]))

@@ -25,7 +25,9 @@ def go_back(deploy: Deploy, committed: Sequence[Run], seen: Seen) -> tuple[str, 
     groups: list[Group] = []
     for number, batch in enumerate(batches(deploy, hosts, seen.down), 1):
         versions = {one.name: before[one.name] for one in batch}
-        groups += batch_groups(deploy, f"b{number}", batch, versions, deploy.balancers, with_stage=False)
+        groups += batch_groups(
+            deploy, f"b{number}", batch, versions, deploy.balancers, with_stage=False, held=seen.held
+        )
     return before[hosts[0].name], tuple(groups)
 
 

@@ -54,7 +54,8 @@ def _rolling(deploy: Deploy, plan: Plan, past: Past, seen: Seen, balancers: Sequ
     made: list[Group] = []
     for number, batch in enumerate(batches(deploy, hosts, broken), 1):
         previous = {one.name: seen.previous.get(one.name, "") for one in batch}
-        for group in batch_groups(deploy, f"undo{number}", batch, previous, balancers, with_stage=False):
+        prefix = f"undo{number}"
+        for group in batch_groups(deploy, prefix, batch, previous, balancers, with_stage=False, held=seen.held):
             # who was only taken out comes back as it is; nothing is watched for longer on the way back
             steps = tuple(
                 step
