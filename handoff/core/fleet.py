@@ -76,18 +76,19 @@ class Fleet:
         self.generations[record.generation] = record
         return record
 
-    def spawn(self, record: GenerationRecord, slot: int, now: float) -> None:
+    def spawn(self, record: GenerationRecord, slot: int, now: float, yields: bool = False) -> None:
         assert record.timings is not None
-        self._spawn(WorkerRecord(self._next_worker, record.generation, slot, now), record.timings.boot_timeout_seconds)
+        worker = WorkerRecord(self._next_worker, record.generation, slot, now)
+        self._spawn(worker, record.timings.boot_timeout_seconds, yields)
 
     def spawn_companion(self, name: str, generation: int, boot_timeout_seconds: float, now: float) -> None:
         self._spawn(WorkerRecord(self._next_worker, generation, 0, now, companion=name), boot_timeout_seconds)
 
-    def _spawn(self, worker: WorkerRecord, boot_timeout_seconds: float) -> None:
+    def _spawn(self, worker: WorkerRecord, boot_timeout_seconds: float, yields: bool = False) -> None:
         worker.deadline = worker.started_at + boot_timeout_seconds
         self._next_worker += 1
         self.workers[worker.worker] = worker
-        self.actions.append(Spawn(worker.worker, worker.generation, worker.slot, worker.companion))
+        self.actions.append(Spawn(worker.worker, worker.generation, worker.slot, worker.companion, yields))
 
     # --- telling workers --------------------------------------------------------------------------------------------
 

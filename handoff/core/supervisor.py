@@ -432,7 +432,7 @@ class Supervisor:
         assert record.timings is not None
         spawned = len(self.fleet.workers_of(record.generation))  # an exit fails a generation that boots
         for slot in range(spawned, min(record.wave, spawned + self._room(record))):
-            self.fleet.spawn(record, slot, now)
+            self.fleet.spawn(record, slot, now, yields=self.live is not None)
         if self.fleet.count(record.generation, _W.READY) >= record.wave:
             self.fleet.move_generation(record, GenerationEvent.ALL_READY)
             record.deadline = now + record.timings.probation_seconds

@@ -179,6 +179,8 @@ class Spawn:
     generation: int
     slot: int
     companion: str = ""
+    yields: bool = False
+    """Others serve meanwhile: the processor is theirs first."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -57,6 +57,7 @@ from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.master.processes import WorkerProcess, post_mortem_file
 from handoff.master.spawn import CHANNEL_VARIABLE, POST_MORTEM_VARIABLE, Command, spawn
+from handoff.master.yielding import SHARE_OF_BOOT_TIMEOUT, Yielding
 from handoff.resolve import worker_variables
 from handoff.settings import Pins
 
@@ -92,6 +93,7 @@ class Crew:
         self._unreaped: dict[int, float] = {}
         self._counters = CounterPage()
         self._store = FdStore()
+        self._yielding = Yielding()
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -116,6 +118,8 @@ class Crew:
     def next_deadline(self) -> float | None:
         foreign = (one.foreign.next_deadline() for one in self if one.foreign is not None)
         due = [at for at in foreign if at is not None]
+        yielding = self._yielding.next_deadline()
+        due += [] if yielding is None else [yielding]
         return min((*self._closed_deadlines.values(), *self._unreaped.values(), *due), default=None)
 
     # --- what workers store -----------------------------------------------------------------------------------------
@@ -148,6 +152,9 @@ class Crew:
             self._on_event(WorkerExited(action.worker, f"could not be started: {error.strerror}"))
             return
         self._processes[action.worker] = process
+        if action.yields and process.foreign is None:  # a command serves as soon as it runs
+            seconds = pins.settings.boot_timeout_seconds * SHARE_OF_BOOT_TIMEOUT
+            self._yielding.begin(action.worker, process.pid, time.monotonic() + seconds)
         self._loop.watch(
             process.channel,
             Order.CHANNEL,
@@ -354,6 +361,7 @@ class Crew:
     def _pass_on(self, process: WorkerProcess, message: WorkerMessage) -> None:
         match message:
             case Ready():
+                self._yielding.end(process.worker)
                 process.interface, process.adopts = message.interface, message.adopts
                 for name in message.unserved:
                     self._log.warning("listener is not served by the application", listener=name)
@@ -378,6 +386,7 @@ class Crew:
 
     def check(self, now: float) -> None:
         """What is due: exits that could not be collected, and workers whose channel is closed for too long."""
+        self._yielding.check(now)
         for process in self:
             if process.foreign is not None:
                 process.foreign.check(now)
@@ -405,6 +414,7 @@ class Crew:
                 how += f" (its log is {_place_of_logs()})"
         self._close_channel(process)
         self._closed_deadlines.pop(process.worker, None)
+        self._yielding.forget(process.worker)
         self._loop.forget(process.pidfd)
         post_mortem = process.post_mortem()
         process.close()

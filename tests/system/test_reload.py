@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from handoff.master.yielding import STEPS, may_take_back
 from tests.system.apps import gated, hello, workbench
 from tests.system.harness import Clients, Service, read_response, wait_until
 
@@ -85,6 +87,30 @@ def test_a_reload_brings_the_new_code(directory: Path) -> None:
         assert "generation 2 is live" in done.stdout
         service.wait_for_generations(2)
         assert live_version(service) == b"2"
+
+
+NICENESS = """
+import os, threading
+
+WHILE_BOOTING = os.getpriority(os.PRIO_PROCESS, 0)
+
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    threads = {os.getpriority(os.PRIO_PROCESS, int(one)) for one in os.listdir("/proc/self/task")}
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": f"{WHILE_BOOTING} {threads}".encode()})
+"""
+
+
+def test_workers_that_boot_for_a_reload_leave_the_processor_to_those_that_serve(directory: Path) -> None:
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    (directory / "main.py").write_text(NICENESS)
+    with Service(directory) as service:
+        assert live_version(service) == f"{ours} {{{ours}}}".encode()
+        assert service.reload().returncode == 0
+        service.wait_for_generations(2)
+        booting = ours + STEPS if may_take_back(ours) else ours
+        assert live_version(service) == f"{booting} {{{ours}}}".encode()
 
 
 @pytest.mark.timeout(300)
