@@ -72,7 +72,7 @@ class Actions:
                 return await self._bake(step, run, records)
             case Kind.KEEP:
                 await self._sleep(step.seconds)  # whole, whoever goes on with it: nothing counts on the clocks of two
-                return Outcome(True)
+                return _unused(step, await self._fleet.statuses(run.balancers))
             case _:
                 raise AssertionError(step.kind)
 
@@ -242,6 +242,16 @@ def _astray(step: Step, statuses: dict[str, ServiceStatus]) -> str | None:
     """A balancer that somebody else has switched while the pool is watched, or that has forgotten it."""
     wrong = [address for address, status in statuses.items() if step.pool and not _has_switched(status, step)]
     return f"{', '.join(wrong)}: new connections are not divided any more as this rollout has it" if wrong else None
+
+
+def _unused(step: Step, statuses: dict[str, ServiceStatus]) -> Outcome:
+    """Somebody may have switched back while the old pool was kept."""
+    found = [
+        address
+        for address, status in statuses.items()
+        if step.pool in status.pools and (status.pools[step.pool].percent or status.pools[step.pool].is_routed)
+    ]
+    return Outcome(not found, f"{step.pool} gets connections from {', '.join(found)}: it is kept" if found else "")
 
 
 def _seen(step: Step, outcome: Outcome, status: ServiceStatus, known: int | None) -> Outcome:

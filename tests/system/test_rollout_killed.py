@@ -305,3 +305,24 @@ def test_a_command_goes_on_while_its_deployer_is_killed_and_the_next_one_joins_i
         assert found.exit_code == 0, found.output
         assert len(gate.tokens) == 1
         rollouts.ran()
+
+
+def test_ctrl_c_stops_at_a_safe_point_gives_the_lock_back_and_says_how_to_go_on(rollouts: Rollouts) -> None:
+    gate = Gate(rollouts.directory)
+    with rollouts.serving():
+        waits = f"mkdir -p ROOT/{{host}}; test {{host}} != web1 || {{ {gate.line}; }}"
+        rollouts.write(HEAD.replace("mkdir -p ROOT/{host}", waits) + 'bake = "0s"\n' + ROLLING)
+        first = rollouts.start("v2", "--yes")
+        assert first.stdout is not None
+        gate.wait()
+        first.send_signal(signal.SIGINT)
+        heard = next(line for line in first.stdout if "stops at the next safe point" in line)
+        assert heard == "SIGINT: stops at the next safe point; a second one ends this deployer at once\n"
+        gate.open()
+        said, _ = first.communicate(timeout=DEADLINE_SECONDS)
+        assert first.returncode == 7, said
+        assert "is paused: by SIGINT; go on with handoff deploy resume" in said
+        assert rollouts.deployer("lock").output == "nobody\n"
+        assert rollouts.deployer("resume").exit_code == 0
+        assert len(gate.tokens) == 1
+        rollouts.ran()

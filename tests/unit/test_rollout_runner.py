@@ -604,3 +604,20 @@ def test_the_first_balancer_that_is_not_left_out_keeps_the_journal(capsys: pytes
     assert "store host a: " in asyncio.run(keeper("unix:/nowhere/1", "unix:/nowhere/2"))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "without unix:/nowhere/1, which keeps the journal: balancer unix:/nowhere/2 keeps one for now"
+
+
+def test_the_old_pool_is_not_retired_where_somebody_has_switched_back_to_it(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        balancer = bench.world.balancers["lb2"]
+        looks = itertools.count()
+
+        def look(name: str) -> None:
+            if name == "lb2" and "lb2 switch" in bench.world.log and next(looks) == 1:  # the first is the switch's own
+                balancer.switch("blue", 100)
+
+        bench.world.on_look = look
+        assert await bench.deploy_version() is Verdict.COMMITTED
+        assert bench.run().note == "blue gets connections from lb2: it is kept"
+        assert "retire blue" not in bench.world.log
+
+    play(tmp_path, pools(retire="retire {pool}", keep_seconds=0.0), scenario)

@@ -113,7 +113,6 @@ def what_next(run: Run, records: Records) -> Next:
     """From the journal alone."""
     if run.back is not None:
         return _on_the_way_back(run, run.back, records)
-    notes = []
     for group in run.plan:
         steps = _wanted(run, group)
         failed = [one for one in steps if _has_failed(run, records, one)]
@@ -122,11 +121,12 @@ def what_next(run: Run, records: Records) -> Next:
             missing = _unsettled(missing, records)
         if missing:
             return Do(group.title, tuple(missing))
+        reason = "; ".join(records[one.id].note for one in failed)
         if failed and group.is_after_commit:
-            notes += [records[one.id].note for one in failed]
-        elif failed:
-            return _failure(run, records, "; ".join(records[one.id].note for one in failed))
-    return End(Verdict.COMMITTED, "; ".join(notes))
+            return End(Verdict.COMMITTED, reason)
+        if failed:
+            return _failure(run, records, reason)
+    return End(Verdict.COMMITTED)
 
 
 def _failure(run: Run, records: Records, reason: str) -> Next:
@@ -157,16 +157,16 @@ def _unsettled(steps: Iterable[Step], records: Records) -> list[Step]:
 
 
 def seen_again(run: Run, records: Records) -> dict[str, Record]:
-    """Of a run that somebody takes up: who may be out of service is asked anew for hosts that are yet to change. Much
-    may have happened since it was seen."""
+    """Of a run that somebody takes up: who may be out of service is asked anew for hosts that are yet to change, and
+    whether the old pool is out of use, where it is yet to be retired. Much may have happened since it was seen."""
     kept = dict(records)
     for way in (run.plan, run.back or ()):
         changing: set[str] = set()
         for group in reversed(way):
             for step in group.steps:
-                if step.kind in CHANGING and _state(records, step) is not State.DONE:
+                if step.kind in CHANGING | {Kind.RETIRE} and _state(records, step) is not State.DONE:
                     changing.add(step.host)
-                if step.kind is Kind.BUDGET and changing & set(step.hosts):
+                if (step.kind is Kind.BUDGET and changing & set(step.hosts)) or (step.kind is Kind.KEEP and changing):
                     kept.pop(step.id, None)
     return kept
 
