@@ -269,7 +269,9 @@ class HTTPService:
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master
-        await self._acceptors.stop(self._link.ending_listeners, await self._foreign_slots.close())
+        foreign = await self._foreign_slots.close()
+        # Together: who sees that nobody accepts here any more also sees its request announce the end.
+        await asyncio.gather(self._acceptors.stop(self._link.ending_listeners, foreign), self._send_away())
         await self._until_idle()
         if not self._link.moves and self._adopts and not self._link.is_orphan:
             await self._until_nobody_sends()
