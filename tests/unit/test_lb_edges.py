@@ -147,7 +147,7 @@ def test_a_hang_up_that_nobody_asked_about_turns_no_loop() -> None:
         while rig.step():
             pass
         rig.server.reset()
-        assert [rig.step(0.05) for _ in range(3)] == [False] * 3, "EPOLLHUP is not told"
+        assert [rig.step(0.05) for _ in range(3)][1:] == [False] * 2, "EPOLLHUP is told once at most"
         rig.client.fin()
         rig.finish(rig.client)
         assert rig.client.ending == "reset"
@@ -299,6 +299,7 @@ def test_what_is_known_is_asked_again_at_times_of_its_own(monkeypatch: pytest.Mo
 
 def test_no_more_checks_run_at_once_than_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "MAXIMUM_AT_ONCE", 3)
+    monkeypatch.setattr(checker.random, "random", lambda: 0.0)  # all of them want to begin now
 
     async def test() -> None:
         together = most = 0
@@ -308,7 +309,8 @@ def test_no_more_checks_run_at_once_than_that(tmp_path: Path, monkeypatch: pytes
             together += 1
             most = max(most, together)
             await reader.readuntil(b"\r\n\r\n")
-            await asyncio.sleep(0.01)
+            for _ in range(100):  # time for others
+                await asyncio.sleep(0)
             together -= 1
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
@@ -316,6 +318,6 @@ def test_no_more_checks_run_at_once_than_that(tmp_path: Path, monkeypatch: pytes
             text = config(*[port] * 12, check='type = "http"\ninterval = "100s"\ntimeout = "30s"')
             async with controller(text, tmp_path) as running, relay(running.directory) as one:
                 await one.table(lambda table: all(each.is_eligible for each in endpoints(table).values()))
-        assert 1 <= most <= 3
+        assert most == 3
 
     run(test)
