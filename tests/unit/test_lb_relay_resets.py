@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from lb.relay.relay import Closed, Limits
+from tests.unit.fds import open_fds
 from tests.unit.relay_rig import Peer, Rig
 
 BLOCK = b"x" * 200_000
@@ -60,6 +61,28 @@ def test_an_urgent_byte_in_a_bulk_direction_is_one_among_the_others(rig: Rig, is
     rig.until(lambda: reader.read(1 << 20) or bool(reader.ending))
     assert reader.ending == "fin"
     assert reader.seen == writer.sent
+
+
+def test_a_direction_has_one_pipe_however_its_bytes_come(rig: Rig) -> None:
+    make_bulk(rig, is_up=True)
+    before = open_fds()
+    for block in (b"x", BLOCK, b"x", BLOCK):
+        for _ in range(8):
+            rig.client.send_urgent()
+            rig.client.send(block)
+            rig.until(lambda: rig.server.read(1 << 20) or len(rig.server.seen) == len(rig.client.sent))
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_reset_of_a_bulk_direction_is_no_end(rig: Rig, is_up: bool) -> None:
+    make_bulk(rig, is_up)
+    writer, reader = (rig.client, rig.server) if is_up else (rig.server, rig.client)
+    writer.send(BLOCK)
+    rig.reset(writer)
+    rig.finish(reader)
+    assert len(reader.seen) >= writer.arrived
+    assert reader.ending == "reset"
 
 
 @pytest.mark.parametrize("is_client", [True, False])
