@@ -96,16 +96,16 @@ class Rig:
     """A client, a server, and a relay between them, stepped by hand."""
 
     def __init__(self, limits: Limits | None = None, first: bytes = b"", buffer_bytes: int = 0) -> None:
-        """`buffer_bytes`: of the kernel, for each socket; 0: its own choice."""
+        """`buffer_bytes`: of the kernel, on the way out of the relay; 0: its own choice."""
         client, relay_client = tcp_pair()
         server, relay_server = tcp_pair()
         self.client, self.server = Peer(client), Peer(server)
         self.sockets = relay_client, relay_server
         for one in (*self.sockets, client, server):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            if buffer_bytes:
+        if buffer_bytes:  # on the way out of the relay: much comes in, and goes out in small pieces
+            for one in self.sockets:
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         self.loop = Loop()
         self.closed: Closed | None = None
         self.relay = Relay(
@@ -131,6 +131,7 @@ class Rig:
         self.sockets = client, server = plain_socket(fds[0]), plain_socket(fds[1])
         moved = msgspec.msgpack.decode(data, type=RelayState), fds[2:]
         self.relay = Relay(client, server, self.loop, self.relay._limits, self.relay._on_close, moved=moved)
+        assert self.relay.state()[0] == state
 
     def reset(self, peer: Peer) -> None:
         """By this peer; what has arrived until then is to be passed on."""

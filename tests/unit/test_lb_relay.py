@@ -25,11 +25,11 @@ def rig() -> Iterator[Rig]:
     made.close()
 
 
-SIZES = [1, 100, CHUNK_BYTES - 1, CHUNK_BYTES, 5 * CHUNK_BYTES, 2_000_000]
+SIZES = [1, 100, CHUNK_BYTES - 1, CHUNK_BYTES, 5 * CHUNK_BYTES, 1_000_000]
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("send"), st.booleans(), st.sampled_from(SIZES)),
-        st.tuples(st.just("urgent"), st.booleans(), st.just(0)),
+        st.tuples(st.sampled_from(["urgent", "flood"]), st.booleans(), st.just(0)),
         st.tuples(st.just("read"), st.booleans(), st.sampled_from([1, 1000, 300_000, 3_000_000])),
         st.tuples(st.sampled_from(["fin", "reset"]), st.booleans(), st.just(0)),
         st.tuples(st.just("step"), st.booleans(), st.integers(1, 5)),
@@ -39,8 +39,8 @@ ACTIONS = st.lists(
 )
 
 
-@given(actions=ACTIONS, first=st.sampled_from([b"", b"PROXY header\r\n"]), buffer_bytes=st.sampled_from([0, 4096]))
-@settings(max_examples=200, deadline=None)
+@given(actions=ACTIONS, first=st.sampled_from([b"", b"PROXY header\r\n"]), buffer_bytes=st.sampled_from([0, 32768]))
+@settings(max_examples=100, deadline=None)
 def test_any_order_of_bytes_ends_resets_and_moves_is_passed_on(
     actions: list[tuple[str, bool, int]], first: bytes, buffer_bytes: int
 ) -> None:
@@ -63,6 +63,11 @@ def act(rig: Rig, name: str, peer: Peer, number: int) -> None:
             peer.send(os.urandom(number))
         case "urgent":
             peer.send_urgent()
+        case "flood":  # so much that the direction becomes bulk, if it can
+            for _ in range(8):
+                peer.send(os.urandom(5 * CHUNK_BYTES))
+                rig.step()
+                (rig.server if peer is rig.client else rig.client).read(1 << 20)
         case "read":
             peer.read(number)
         case "fin":

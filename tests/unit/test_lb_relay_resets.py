@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from lb.relay.flow import CHUNK_BYTES
 from lb.relay.relay import Closed, Limits
+from tests.unit.fds import open_fds
 from tests.unit.relay_rig import Peer, Rig
 
 BLOCK = b"x" * 200_000
@@ -19,13 +22,13 @@ def rig() -> Iterator[Rig]:
     made.close()
 
 
-def fill(rig: Rig, *writers: Peer) -> None:
+def fill(rig: Rig, *writers: Peer, size: int = 5 * CHUNK_BYTES) -> None:
     """Until these cannot send more, since nobody reads."""
     quiet = 0
     while quiet < 20:
         before = [len(one.sent) for one in writers]
         for one in writers:
-            one.send(BLOCK)
+            one.send(os.urandom(size))
         rig.step(0.002)
         quiet = quiet + 1 if before == [len(one.sent) for one in writers] else 0
 
@@ -60,6 +63,44 @@ def test_an_urgent_byte_in_a_bulk_direction_is_one_among_the_others(rig: Rig, is
     rig.until(lambda: reader.read(1 << 20) or bool(reader.ending))
     assert reader.ending == "fin"
     assert reader.seen == writer.sent
+
+
+def test_a_direction_has_one_pipe_however_its_bytes_come(rig: Rig) -> None:
+    make_bulk(rig, is_up=True)
+    before = open_fds()
+    for block in (b"x", BLOCK, b"x", BLOCK):
+        for _ in range(8):
+            rig.client.send_urgent()
+            rig.client.send(block)
+            rig.until(lambda: rig.server.read(1 << 20) or len(rig.server.seen) == len(rig.client.sent))
+    assert open_fds() == before
+
+
+def test_what_is_taken_in_small_pieces_is_whole() -> None:
+    rig = Rig(buffer_bytes=8192)
+    try:
+        fill(rig, rig.client, size=CHUNK_BYTES - 1)
+        assert rig.relay._up.has_pending
+        assert not rig.relay._up.is_bulk
+        rig.client.fin()
+        rig.server.fin()
+        while rig.server.ending != "fin":
+            rig.server.read(CHUNK_BYTES // 8)
+            rig.step()
+        assert rig.server.seen == rig.client.sent
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_reset_of_a_bulk_direction_is_no_end(rig: Rig, is_up: bool) -> None:
+    make_bulk(rig, is_up)
+    writer, reader = (rig.client, rig.server) if is_up else (rig.server, rig.client)
+    writer.send(BLOCK)
+    rig.reset(writer)
+    rig.finish(reader)
+    assert len(reader.seen) >= writer.arrived
+    assert reader.ending == "reset"
 
 
 @pytest.mark.parametrize("is_client", [True, False])
