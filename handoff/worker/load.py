@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any, Literal
 
 from handoff.core.messages import cut
-from handoff.worker.ports import foreign_holder
 
 _OUR_FILES = (
     "<frozen importlib",
@@ -161,6 +160,8 @@ def _describe(error: BaseException) -> str:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        from handoff.worker.ports import foreign_holder  # psutil: a tenth of what a worker imports, for this alone
+
         return f"{text}; {foreign_holder()}"
     return text
 
