@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 from lb.relay.timers import Timers
 
-READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+READ, WRITE = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
+ENDING = select.EPOLLRDHUP
+"""In the mask of an event for READ: the end has come, behind what is still to be read."""
 LEAVING = select.EPOLLRDHUP | select.EPOLLET
 """The other side has ended, or was reset. Told once."""
 ERROR = select.EPOLLERR

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from lb.relay.flow import Flow, FlowState, Result
-from lb.relay.loop import ERROR, FAILING, READ, READABLE, WRITABLE, WRITE, Loop
+from lb.relay.loop import ENDING, ERROR, FAILING, READ, READABLE, WRITABLE, WRITE, Loop
 from lb.relay.timers import PATIENT_SECONDS
 
 RESET_SECONDS = 2.0
@@ -175,6 +175,8 @@ class Relay:
             self._act(self._down, self._down.flush())
         if mask & READABLE and up.is_read and not up.has_pending and not self._is_closed:
             result = up.pump()
+            if result is _OPEN and mask & ENDING:  # it is next, as a rule; one turn less
+                result = up.pump()
             if result is not _OPEN:
                 self._act(up, result)
         elif mask & ERROR and not self._is_closed and self._resetting is None:
@@ -187,6 +189,8 @@ class Relay:
             self._act(self._up, self._up.flush())
         if mask & READABLE and down.is_read and not down.has_pending and not self._is_closed:
             result = down.pump()
+            if result is _OPEN and mask & ENDING:
+                result = down.pump()
             if result is not _OPEN:
                 self._act(down, result)
         elif mask & ERROR and not self._is_closed and self._resetting is None:
