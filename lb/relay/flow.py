@@ -52,13 +52,14 @@ class FlowState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_bulk: bool = False
     piped: int = 0
     """Bytes in the pipe, whose ends come along only if there are any."""
+    is_reset: bool = False
 
 
 class Flow:
     """Borrows both sockets, which do not block. Owns its pipe."""
 
     __slots__ = (
-        *("_full_chunks", "_pending", "_pipe", "_piped", "_sink", "_source"),
+        *("_full_chunks", "_is_reset", "_pending", "_pipe", "_piped", "_sink", "_source"),
         *("has_pending", "is_read", "is_written", "total"),
     )
 
@@ -72,6 +73,8 @@ class Flow:
         self._pipe: tuple[int, int] | None = None
         self._piped = 0
         self._full_chunks = 0
+        self._is_reset = False
+        """splice(2) has taken the source's error away: what looks like an end is that reset."""
         self.total = 0
         """Bytes taken from the source."""
 
@@ -96,6 +99,7 @@ class Flow:
             full_chunks=self._full_chunks,
             is_bulk=self._pipe is not None,
             piped=self._piped,
+            is_reset=self._is_reset,
         )
         return state, self._pipe if self._pipe is not None and self._piped else ()
 
@@ -103,7 +107,7 @@ class Flow:
         """From where another process was. Takes ownership of both ends, if they are given."""
         self.put(state.pending)
         self.total, self._full_chunks = state.total, state.full_chunks
-        self.is_read, self.is_written = state.is_read, state.is_written
+        self.is_read, self.is_written, self._is_reset = state.is_read, state.is_written, state.is_reset
         if pipe:
             self._pipe, self._piped, self.has_pending = (pipe[0], pipe[1]), state.piped, True
         elif state.is_bulk:
@@ -123,7 +127,7 @@ class Flow:
             return Result.RESET
         size = len(data)
         if size == 0:
-            return _ENDED
+            return Result.RESET if self._is_reset else _ENDED
         self.total += size
         try:
             sent = self._sink.send(data)
@@ -181,7 +185,8 @@ class Flow:
             except BlockingIOError:
                 return _OPEN if turn else None
             except OSError:
-                return Result.RESET
+                self._is_reset = True  # which is told once; what has come before it may still be there for recv
+                return None
             if taken == 0:
                 return None
             self.total += taken

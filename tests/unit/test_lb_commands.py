@@ -162,6 +162,29 @@ def test_a_switch_waits_for_the_pool_to_be_healthy(tmp_path: Path) -> None:
     run(test)
 
 
+def test_of_two_switches_that_wait_for_a_pool_at_one_revision_one_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        port = closed_port()
+        check = 'interval = "50ms"\nrise = 1'
+        async with (
+            backend() as blue,
+            controller(config(blue, green=(port,), check=check), tmp_path) as running,
+            relay(running.directory) as one,
+        ):
+            await one.table(lambda table: not endpoint(table, "green/g1").is_awaited)
+            asked = [
+                command(running, "switch", service="shop", pool="green", wait_seconds=30, revision=1, percent=percent)
+                for percent in (25, 50)
+            ]
+            switching = asyncio.gather(*asked)
+            async with backend(port=port):
+                answers = await switching
+            assert sorted(answer["exit_code"] for _, answer in answers) == [0, 9]
+            assert (await status_of(running))["services"]["shop"]["revision"] == 2
+
+    run(test)
+
+
 def test_a_drain_waits_for_connections_closes_what_is_left_and_holds_over_a_restart(tmp_path: Path) -> None:
     async def test() -> None:
         async with backend() as blue, backend() as other:

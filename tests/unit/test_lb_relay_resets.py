@@ -92,11 +92,16 @@ def test_what_is_taken_in_small_pieces_is_whole() -> None:
         rig.close()
 
 
+@pytest.mark.parametrize("is_urgent", [True, False])
 @pytest.mark.parametrize("is_up", [True, False])
-def test_a_reset_of_a_bulk_direction_is_no_end(rig: Rig, is_up: bool) -> None:
+def test_a_reset_of_a_bulk_direction_is_no_end(rig: Rig, is_up: bool, is_urgent: bool) -> None:
     make_bulk(rig, is_up)
     writer, reader = (rig.client, rig.server) if is_up else (rig.server, rig.client)
     writer.send(BLOCK)
+    if is_urgent:
+        rig.until(lambda: reader.read(1 << 20) or len(reader.seen) == len(writer.sent))
+        writer.send_urgent()
+        writer.send(b"after")
     rig.reset(writer)
     rig.finish(reader)
     assert len(reader.seen) >= writer.arrived
