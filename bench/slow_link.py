@@ -23,13 +23,13 @@ _TUNSETIFF = 0x400454CA  # linux/if_tun.h
 _IFF_TUN_NO_PI = 0x0001 | 0x1000
 _PACKET_BYTES = 65536
 _SIDES = ("server", "client")
-_libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(namespace: str) -> None:
     """The calling thread, and no other, makes its sockets in the namespace from now on: setns(2)."""
     with open(f"/run/netns/{namespace}") as file:
-        if _libc.setns(file.fileno(), CLONE_NEWNET) != 0:
+        if libc.setns(file.fileno(), CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 

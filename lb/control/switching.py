@@ -28,11 +28,11 @@ async def switch(controller: Controller, request: Switch) -> Answer:
         raise Refusal(USAGE, "drain-old: goes with 100 percent only; the old pool gets connections still")
     _check_revision(controller, find_service(controller.balancer, request.service), request.revision)
     check_pool(find_service(controller.balancer, request.service), request.pool)
-    await _wait_healthy(controller, request.service, request.pool, request.wait_seconds)
+    await _wait_healthy(controller, request, request.wait_seconds)
     service = find_service(controller.balancer, request.service)
     check_pool(service, request.pool)
     _check_revision(controller, service, request.revision)
-    _refuse_unhealthy(controller, service, request.pool)
+    _refuse_unhealthy(controller, request)
     present = shares_of(service, controller.overrides)
     shares = _shares(service, present, request.pool, request.percent)
     if shares == present and not request.drain_old:
@@ -51,11 +51,11 @@ async def prepare(controller: Controller, request: Prepare) -> Answer:
         missing = await confirm(controller, lambda one: _is_wanted(one, request), request.wait_seconds)
         if missing:
             raise Refusal(REFUSED, f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; nothing changed")
-    await _wait_healthy(controller, request.service, request.pool, deadline - time.monotonic())
+    await _wait_healthy(controller, request, deadline - time.monotonic())
     service = find_service(controller.balancer, request.service)
     check_pool(service, request.pool)
     _check_revision(controller, service, request.revision)
-    _refuse_unhealthy(controller, service, request.pool)
+    _refuse_unhealthy(controller, request)
     revision = revision_of(service.name, controller.overrides)
     return Answer(
         exit_code=0, message=f"{service.name}/{request.pool} is healthy at revision {revision}", revision=revision
@@ -77,7 +77,7 @@ async def rollback(controller: Controller, request: Rollback) -> Answer:
 
     def is_possible() -> bool:
         shares = former()
-        return shares is not None and all(_is_any_eligible(controller, service, pool) for pool in shares.shares)
+        return shares is not None and all(_is_any_eligible(controller, service.name, pool) for pool in shares.shares)
 
     if former() is not None:
         await controller.wait_for(is_possible, request.wait_seconds)
@@ -121,19 +121,22 @@ def _check_revision(controller: Controller, service: Service, expected: int | No
         raise Refusal(REFUSED, f"{service.name} is at revision {present} by now, not {expected}; nothing changed")
 
 
-async def _wait_healthy(controller: Controller, service: str, pool: str, seconds: float) -> None:
-    def is_healthy() -> bool:
-        return not _problems(controller, service, pool)
+def _is_healthy(controller: Controller, request: Switch | Prepare) -> bool:
+    if request.is_partial_enough and _is_any_eligible(controller, request.service, request.pool):
+        return True
+    return not _problems(controller, request.service, request.pool)
 
+
+async def _wait_healthy(controller: Controller, request: Switch | Prepare, seconds: float) -> None:
     if seconds > 0:
-        await controller.wait_for(is_healthy, seconds)
+        await controller.wait_for(lambda: _is_healthy(controller, request), seconds)
 
 
-def _refuse_unhealthy(controller: Controller, service: Service, pool: str) -> None:
-    problems = _problems(controller, service.name, pool)
-    if problems:
+def _refuse_unhealthy(controller: Controller, request: Switch | Prepare) -> None:
+    if not _is_healthy(controller, request):
+        problems = _problems(controller, request.service, request.pool)
         shown = ", ".join(problems[:5]) + (" …" if len(problems) > 5 else "")
-        raise Refusal(REFUSED, f"{service.name}/{pool} is not healthy ({shown}); nothing changed")
+        raise Refusal(REFUSED, f"{request.service}/{request.pool} is not healthy ({shown}); nothing changed")
 
 
 def _problems(controller: Controller, service: str, pool: str) -> list[str]:
@@ -151,11 +154,11 @@ def _problems(controller: Controller, service: str, pool: str) -> list[str]:
     ]
 
 
-def _is_any_eligible(controller: Controller, service: Service, pool: str) -> bool:
+def _is_any_eligible(controller: Controller, service: str, pool: str) -> bool:
     return any(
-        one.standing.is_eligible
+        one.standing.is_eligible and one.weight > 0
         for one in controller.present.values()
-        if (one.service, one.pool) == (service.name, pool)
+        if (one.service, one.pool) == (service, pool)
     )
 
 

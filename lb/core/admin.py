@@ -110,6 +110,8 @@ class Switch(_Request, frozen=True, tag="switch"):
     """So many of new connections to `pool`, the rest to the one that was active."""
     wait_seconds: float = 0.0
     """For the pool to be healthy: every backend that is not drained is up. Refused (9) if it is not by then."""
+    is_partial_enough: bool = False
+    """A pool of which one is up is good enough: for a way back."""
     drain_old: bool = False
     """Close what the old pool has, as in a drain. Otherwise it stays warm: kept, checked, and its connections live."""
     deadline_seconds: float | None = None
@@ -126,6 +128,8 @@ class Prepare(_Request, frozen=True, tag="prepare"):
     """For the pool to be healthy; refused (9) if it is not by then."""
     is_afresh: bool = False
     """Only checks that begin after this count."""
+    is_partial_enough: bool = False
+    """As for the switch."""
 
 
 class Rollback(_Request, frozen=True, tag="rollback"):

@@ -12,7 +12,7 @@ import msgspec
 from handoff.errors import ExitCode, HandoffError
 from lb.core.admin import Answer, Drain, Prepare, Ready, ServiceStatus, Switch, Verify
 from lb.core.rollout.budget import over_budget
-from lb.core.rollout.gates import Counts, refusals
+from lb.core.rollout.gates import Counts, compared, refusals
 from lb.core.rollout.plan import ON_HOSTS, Kind, Step
 from lb.core.rollout.progress import Records, Run, past, revision_at
 from lb.core.rollout.undo import versioned_hosts
@@ -117,7 +117,9 @@ class Actions:
                 request = Verify(server=server, wait_seconds=step.seconds, **common)  # type: ignore[arg-type]
             case _:
                 service = self._fleet.deploy.service
-                common |= {"wait_seconds": step.seconds, "is_afresh": step.seconds > 0}
+                is_back = _leads_back(run)
+                common |= {"wait_seconds": step.seconds, "is_afresh": step.seconds > 0 and not is_back}
+                common["is_partial_enough"] = is_back
                 request = Prepare(service=service, pool=step.pool, **common)  # type: ignore[arg-type]
         answer = await self._fleet.balancer(step.balancer).ask(request, step.seconds + 2 * GRACE_SECONDS)
         return _outcome(step, answer)
@@ -145,7 +147,8 @@ class Actions:
                 pool=step.pool,
                 percent=step.percent,
                 revision=known if known is not None else status.revision,
-                wait_seconds=0.0 if run.back is not None else step.seconds,
+                is_partial_enough=_leads_back(run),
+                wait_seconds=step.seconds,
                 who=f"rollout {run.id}",
                 why=f"{run.kind} {run.version}",
                 **self._fence,  # type: ignore[arg-type]
@@ -203,7 +206,8 @@ class Actions:
         def grown(hosts: Iterable[str]) -> Counts:
             return self._fleet.counts(statuses, list(hosts)) - self._fleet.counts(first, list(hosts))
 
-        found = refusals(run.deploy.gate, grown(step.hosts), grown(old))
+        before = self._fleet.counts(first, old)
+        found = refusals(run.deploy.gate, grown(step.hosts), compared(run.deploy.gate, grown(old), before))
         found += await self._asked(run, step)
         sick = self._sick(step.hosts, statuses) or _astray(step, statuses)
         return Outcome(not found and sick is None, "; ".join([*found, *([sick] if sick else [])]))
@@ -230,6 +234,11 @@ def hook_environment(run: Run, token: int) -> dict[str, str]:
         "HANDOFF_TOKEN": str(token),
         "HANDOFF_VERDICT": run.verdict.value if run.verdict is not None else "",
     }
+
+
+def _leads_back(run: Run) -> bool:
+    """To a pool that was good before: that one of it has died meanwhile must not hold up who wants to leave the new."""
+    return run.back is not None or run.kind == "rollback"
 
 
 def _has_switched(status: ServiceStatus, step: Step) -> bool:

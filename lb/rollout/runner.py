@@ -13,7 +13,7 @@ import msgspec
 
 from handoff.errors import ExitCode, HandoffError
 from lb.core.desired import Desired
-from lb.core.rollout.plan import ON_HOSTS, Kind, Step
+from lb.core.rollout.plan import ON_HOSTS, Kind, Step, filled
 from lb.core.rollout.progress import (
     Do,
     End,
@@ -169,9 +169,9 @@ class Runner:
         return verdict
 
     async def _after(self) -> None:
-        command = self.run.deploy.after
-        if command is None:
+        if self.run.deploy.after is None:
             return
+        command = filled(self.run.deploy.after, {"version": self.run.version})
         environment = hook_environment(self.run, self._lease.token)
         try:
             code, output = await command_here(command, environment, self.run.deploy.step_timeout_seconds)

@@ -22,9 +22,18 @@ MAXIMUM_TRIES = 5
 class Node:
     """Owns a process. `options`: of etcd, on top."""
 
-    def __init__(self, directory: Path, name: str, options: tuple[str, ...] = (), scheme: str = "http") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        options: tuple[str, ...] = (),
+        scheme: str = "http",
+        host: str = "127.0.0.1",
+        place: tuple[str, ...] = (),
+    ) -> None:
+        """`host`: its own address; `place`: the words before a command that runs where that is."""
         self.name, self.client_port, self.peer_port = name, free_port(), free_port()
-        self.scheme = scheme
+        self.scheme, self.host, self._place = scheme, host, place
         self._directory = directory / f"{name}-{self.client_port}"
         self._directory.mkdir(mode=0o700, parents=True)
         self._options = options
@@ -32,7 +41,7 @@ class Node:
 
     @property
     def peer_url(self) -> str:
-        return f"http://127.0.0.1:{self.peer_port}"
+        return f"http://{self.host}:{self.peer_port}"
 
     @property
     def pid(self) -> int:
@@ -40,8 +49,8 @@ class Node:
         return self._process.pid
 
     def start(self, cluster: str) -> None:
-        client_url = f"{self.scheme}://127.0.0.1:{self.client_port}"
-        words = [peer("etcd"), "--name", self.name, "--data-dir", str(self._directory), "--logger", "zap"]
+        client_url = f"{self.scheme}://{self.host}:{self.client_port}"
+        words = [*self._place, peer("etcd"), "--name", self.name, "--data-dir", str(self._directory), "--logger", "zap"]
         words += ["--listen-client-urls", client_url, "--advertise-client-urls", client_url]
         words += ["--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url]
         words += ["--initial-cluster", cluster, *self._options]
@@ -64,7 +73,7 @@ class Node:
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Over plain HTTP, past everything that is being tested. Raises OSError."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=DEADLINE_SECONDS)
+        connection = http.client.HTTPConnection(self.host, self.client_port, timeout=DEADLINE_SECONDS)
         with contextlib.closing(connection):
             connection.request("POST", path, json.dumps(body))
             answer: dict[str, Any] = json.loads(connection.getresponse().read())
@@ -78,7 +87,7 @@ class Node:
         return "leader" in status and status["leader"] == status["header"]["member_id"]
 
     def accepts(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.client_port, timeout=DEADLINE_SECONDS)
+        connection = http.client.HTTPConnection(self.host, self.client_port, timeout=DEADLINE_SECONDS)
         with contextlib.suppress(OSError), contextlib.closing(connection):
             connection.connect()
             return True
@@ -92,7 +101,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return "etcd://" + ",".join(f"127.0.0.1:{one.client_port}" for one in self.nodes)
+        return "etcd://" + ",".join(f"{one.host}:{one.client_port}" for one in self.nodes)
 
     def start(self, *nodes: Node) -> None:
         for node in nodes or self.nodes:

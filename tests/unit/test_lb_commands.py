@@ -142,6 +142,29 @@ def test_a_switch_to_a_pool_that_is_not_healthy_is_refused_and_changes_nothing(t
     run(test)
 
 
+def test_for_a_way_back_a_pool_of_which_one_is_up_is_good_enough(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with (
+            backend() as blue,
+            backend() as green,
+            controller(config(blue, green=(green, closed_port())), tmp_path) as running,
+            relay(running.directory) as one,
+        ):
+            await one.table(lambda table: not any(each.is_awaited for each in endpoints(table).values()))
+            for name in ("prepare", "switch"):
+                status, answer = await command(running, name, service="shop", pool="green")
+                assert (status, answer["message"]) == (409, "shop/green is not healthy (g2 is down); nothing changed")
+                status, answer = await command(running, name, service="shop", pool="green", is_partial_enough=True)
+                assert (status, answer["exit_code"]) == (200, 0)
+            status, answer = await command(running, "switch", service="shop", pool="blue")
+            assert status == 200
+            await command(running, "weight", server="shop/g1", weight=0)
+            status, answer = await command(running, "switch", service="shop", pool="green", is_partial_enough=True)
+            assert (status, answer["exit_code"]) == (409, 9), "nobody there would get a connection"
+
+    run(test)
+
+
 def test_a_switch_waits_for_the_pool_to_be_healthy(tmp_path: Path) -> None:
     async def test() -> None:
         port = closed_port()

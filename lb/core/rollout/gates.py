@@ -37,8 +37,14 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def compared(gate: Gate, meanwhile: Counts, before: Counts) -> Counts:
+    """Which counts of the old ones are the measure: those of the same time, or, where nearly all connections go to the
+    new ones by then, all before it."""
+    return meanwhile if meanwhile.total + meanwhile.failed >= gate.minimum_connections else before
+
+
 def refusals(gate: Gate, new: Counts, old: Counts) -> list[str]:
-    """What does not hold, a line each. Both are counted over the same time."""
+    """What does not hold, a line each."""
     found = []
     if gate.failed_percent is not None and new.total + new.failed >= gate.minimum_connections:
         mine, theirs = _percent(new.failed, new.total + new.failed), _percent(old.failed, old.total + old.failed)
