@@ -158,7 +158,7 @@ def test_a_stop_ends_what_moves(directory: Path) -> None:
     """The service stops while relays are on their way: every process ends, and every client sees an end."""
     with StreamServer() as server:
         text = "[balancer]\nrelays = 2\n" + config({"main": [f'"{server.address}"']})
-        with Balancer(directory, text, "--drain-timeout", "1s") as service:
+        with Balancer(directory, text, "--drain-timeout", "1s", "--stop-timeout", "2s") as service:
             echoes = [Echo(("127.0.0.1", service.port)) for _ in range(STREAMS)]
             reloading = service.begin({"type": "reload"})
             assert service.ask({"type": "stop"})["exit_code"] == 0
