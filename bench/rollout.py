@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import selectors
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -71,10 +73,11 @@ class Fleet:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """The balancer, whose backends accept; the kernel does it for them."""
+        """The balancer, whose backends accept, and close."""
         with contextlib.ExitStack() as stack:
             listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2 * self.hosts)]
             ports = [one.getsockname()[1] for one in listeners]
+            stack.enter_context(_accepting(listeners))
             self._write(ports)
             log = stack.enter_context((self.root / "balancer.log").open("wb"))
             command = [sys.executable, "-P", "-m", "handoff", "lb", "run", "lb.toml"]
@@ -129,7 +132,9 @@ class Fleet:
         )
         seconds = time.monotonic() - began
         if done.returncode != 0:
-            raise RuntimeError(f"{strategy}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{strategy}: exit code {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-2000:]}"[:8000]
+            )
         lines = [line.split() for line in sessions.read_text().splitlines()]
         counted = Counter((mode, "lb" if host == "lb1" else "hosts") for mode, host in lines)
         return {
@@ -139,6 +144,30 @@ class Fleet:
             "sessions_to_the_balancer": counted["session", "lb"],
             "connections": counted["connection", "hosts"] + counted["connection", "lb"],
         }
+
+
+@contextlib.contextmanager
+def _accepting(listeners: list[socket.socket]) -> Iterator[None]:
+    """Checks connect for as long as a rollout takes: what nobody accepted would fill the queues."""
+    selector, has_ended = selectors.DefaultSelector(), threading.Event()
+    for one in listeners:
+        one.setblocking(False)
+        selector.register(one, selectors.EVENT_READ, one)
+
+    def accept() -> None:
+        while not has_ended.is_set():
+            for key, _ in selector.select(0.5):
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    key.data.accept()[0].close()
+
+    thread = threading.Thread(target=accept, name="backends")
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+        selector.close()
 
 
 def planner(hosts: int) -> dict[str, float]:
