@@ -158,7 +158,7 @@ class Actions:
         return _seen(step, _outcome(step, answer), await self._status(step), known)
 
     async def _status(self, step: Step) -> ServiceStatus:
-        return (await self._fleet.statuses([step.balancer]))[step.balancer]
+        return await self._fleet.status_once(step.balancer)
 
     async def _over_budget(self, step: Step, run: Run) -> str | None:
         statuses = await self._fleet.statuses(run.balancers)

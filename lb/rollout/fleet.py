@@ -61,11 +61,12 @@ class Fleet:
         return dict(zip(names, found, strict=True))
 
     async def _status(self, address: str) -> ServiceStatus:
-        async def ask() -> Status:
-            async with asyncio.timeout(STATUS_TIMEOUT_SECONDS):
-                return await self.balancer(address).status()
+        return await repeatedly(lambda: self.status_once(address))
 
-        status = await repeatedly(ask)
+    async def status_once(self, address: str) -> ServiceStatus:
+        """For who asks again by himself: tries of tries would take minutes. Raises as `statuses` does."""
+        async with asyncio.timeout(STATUS_TIMEOUT_SECONDS):
+            status: Status = await self.balancer(address).status()
         service = status.services.get(self.deploy.service)
         if service is None:
             raise HandoffError(f"balancer {address}: has no service {self.deploy.service}")
