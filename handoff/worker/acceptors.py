@@ -14,6 +14,9 @@ from handoff.worker.accepting import Server, stop_accepting
 
 ACCEPTED_PER_TURN = 16
 """Fewer than FD_HEADROOM, which is looked for once in a turn."""
+TURNS_OF_ASYNCIO = 4
+"""So often it may accept a whole queue before we hear of the first one: protocols are told two turns later, and a turn
+passes until we have stopped it. (And without fds it logs every accept of such a turn: 2,048 tracebacks a second.)"""
 PAUSE_SECONDS = 0.1
 """Without fds or memory the listener stays readable, and would keep us busy. Its clients wait in the queue."""
 
@@ -94,7 +97,8 @@ class Acceptors:
         self._open_server = open_server
         self._take = take
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.crowded_from = max(0, limit - FD_HEADROOM - backlog)
+        turns = TURNS_OF_ASYNCIO if isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop) else 1
+        self.crowded_from = max(0, limit - FD_HEADROOM - turns * backlog)
         """The number of a connection's fd from which on `crowded` is to be called."""
         self._is_stopping = False
         self._task: asyncio.Future[None] | None = None

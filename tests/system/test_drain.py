@@ -42,7 +42,10 @@ def held(service: Service, path: str, name: str) -> socket.socket:
 
 
 def is_listening(pid: int) -> bool:
-    found = psutil.Process(pid).net_connections(kind="tcp")
+    try:
+        found = psutil.Process(pid).net_connections(kind="tcp")
+    except psutil.NoSuchProcess:  # it has ended just now
+        return False
     return any(connection.status == psutil.CONN_LISTEN for connection in found)
 
 

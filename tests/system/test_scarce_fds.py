@@ -46,7 +46,7 @@ def answered(connection: socket.socket, is_http: bool) -> bool:
 def test_clients_for_whom_there_is_no_fd_wait_and_are_answered(
     directory: Path, loop: str, app: str, backlog: int
 ) -> None:
-    """With the larger backlog it accepts with care from the start, with the smaller one from some client on."""
+    """uvloop with the smaller backlog accepts with care from some client on, the others from the start."""
     (directory / "echo.py").write_text(ECHO)
     is_http = app == "main:app"
     command = ["prlimit", f"--nofile={LIMIT}:{LIMIT}", sys.executable, "-m", "handoff"]
