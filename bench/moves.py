@@ -24,6 +24,7 @@ from bench.servers import Handoff, end_on_term
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 _STEADY_SECONDS = 1.0
+_PAUSE_SECONDS = 0.001
 _STEADY_RUN_SECONDS = 10
 
 
@@ -49,12 +50,12 @@ class Watch:
         while not condition(self.status()):
             if time.monotonic() > deadline:
                 raise RuntimeError("the reload does not come to its end")
-            time.sleep(0.005)
+            time.sleep(0.01)
         return time.monotonic()
 
 
 class Probe:
-    """One busy kept-alive client: when it asked, and how long each answer took."""
+    """One kept-alive client that asks all the time: when, and how long each answer took. It is no load."""
 
     def __init__(self, port: int) -> None:
         self._connection = socket.create_connection(("127.0.0.1", port))
@@ -69,6 +70,7 @@ class Probe:
             began = time.monotonic()
             _exchange(self._connection)
             self.taken.append((began, time.monotonic() - began))
+            self._stop.wait(_PAUSE_SECONDS)
 
     def stop(self) -> None:
         self._stop.set()

@@ -322,16 +322,29 @@ class HTTPService:
             state.leave = HTTPProtocol.cancel_move  # nobody yet, or nobody now: serve on
         else:
             state.leave = HTTPProtocol.begin_drain
-        for number, connection in enumerate(list(state.connections)):
+        connections = [_ours(one) for one in state.connections]
+        for number, one in enumerate(sorted(connections, key=_is_idle)):
             if number % SENT_PER_TURN == SENT_PER_TURN - 1:
                 await asyncio.sleep(0)
-            one = _ours(connection)
+                if state.leave is HTTPProtocol.begin_move and not await self._has_room():
+                    return
             if isinstance(one, HTTPProtocol):
                 state.leave(one)
             elif self._link.moves and outbox.takes(WEBSOCKET):
                 one.begin_move()
             else:
                 one.begin_drain()
+
+    async def _has_room(self) -> bool:
+        """Idle connections are served on until it is their turn to move: among thousands that takes a while. False:
+        something changed meanwhile, or the time is over, and everything is to be looked at again."""
+        room = self._state.mover.room
+        if not room.is_set():
+            waiters = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(room.wait())]
+            await asyncio.wait(waiters, timeout=self._remaining(), return_when=asyncio.FIRST_COMPLETED)
+            for waiter in waiters:
+                waiter.cancel()
+        return room.is_set() and not self._changed.is_set()
 
     def _patience(self) -> float:
         """How long to wait for a change: until the deadline, or until receivers are not hoped for any more."""
@@ -377,6 +390,10 @@ class _ErrorCollector(logging.Handler):
         trace = self._messages[0] if self._messages else ""
         lines = [line for line in trace.splitlines() if line.strip()]
         return (lines[-1].strip() if lines else "no reason given"), cut(trace if len(lines) > 1 else "")
+
+
+def _is_idle(connection: HTTPProtocol | WebSocketProtocol) -> bool:
+    return isinstance(connection, HTTPProtocol) and not connection.is_busy()
 
 
 def _ours(connection: object) -> HTTPProtocol | WebSocketProtocol:

@@ -41,6 +41,9 @@ class Mover:
         self.outbox = Outbox()
         self._waiting: dict[str, deque[Movable]] = {}
         """By kind: one that nobody takes must not keep the others."""
+        self.room = asyncio.Event()
+        """Nobody waits for room: more may be posted. Who waits is not read from, and its client waits as well."""
+        self.room.set()
         self._watched: list[socket.socket] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -65,7 +68,11 @@ class Mover:
         self._count()
 
     def _count(self) -> None:
-        self._counters[WAITING] = sum(map(len, self._waiting.values()))
+        self._counters[WAITING] = waiting = sum(map(len, self._waiting.values()))
+        if waiting:
+            self.room.clear()
+        else:
+            self.room.set()
 
     def _send_all(self, queue: deque[Movable], mailbox: int | None) -> None:
         while queue and self._send(queue[0], mailbox):
