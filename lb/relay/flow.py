@@ -17,8 +17,10 @@ import msgspec
 
 CHUNK_BYTES = 64 * 1024
 PIPE_BYTES = 1024 * 1024
+LARGE_BYTES = 32 * 1024
+"""Of one chunk. Not the whole: who reads as quickly as the other writes gets a segment, of loopback 65,483 bytes."""
 BULK_CHUNKS = 4
-"""So many full chunks more than others make a direction bulk. A pipe for each connection would cost too much."""
+"""So many large chunks more than others make a direction bulk. A pipe for each connection would cost too much."""
 SPLICES_PER_TURN = 2
 _SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
@@ -135,7 +137,7 @@ class Flow:
             sent = 0
         except OSError:
             return Result.SINK_GONE
-        if size == CHUNK_BYTES:
+        if size >= LARGE_BYTES:
             self._full_chunks += 1
             if self._full_chunks == BULK_CHUNKS and self._pipe is None:
                 self._pipe = _pipe()

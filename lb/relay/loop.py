@@ -14,6 +14,8 @@ from collections.abc import Callable
 from lb.relay.timers import Timers
 
 READ, WRITE = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
+DATA = int(select.EPOLLIN)
+"""The mask of an event for READ, as most are: nothing but that."""
 ENDING = select.EPOLLRDHUP
 """In the mask of an event for READ: the end has come, behind what is still to be read."""
 LEAVING = select.EPOLLRDHUP | select.EPOLLET
@@ -67,18 +69,19 @@ class Loop:
         """Wait until something happens or is due, for at most `timeout` seconds. Returns how much happened."""
         due_at = self.timers.next_deadline()
         if due_at is not None:
-            left = max(0.0, due_at - time.monotonic())
-            timeout = left if timeout is None else min(timeout, left)
+            left = due_at - time.monotonic()
+            if timeout is None or left < timeout:
+                timeout = left if left > 0.0 else 0.0
         events = self._epoll.poll(timeout, EVENTS_PER_TURN)
-        self.now = time.monotonic()
-        self.timers.set_now(self.now)
-        callbacks = self._callbacks
+        self.now = now = time.monotonic()
+        self.timers.set_now(now)
+        callback_of = self._callbacks.get
         for fd, mask in events:
-            callback = callbacks.get(fd)
+            callback = callback_of(fd)
             if callback is not None:
                 callback(mask)
-        if due_at is not None and due_at <= self.now:
-            self.timers.check(self.now)
+        if due_at is not None and due_at <= now:
+            self.timers.check(now)
         if self._closing:
             self.close_now()
         return len(events)

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from lb.relay.flow import Flow, FlowState, Result
-from lb.relay.loop import ENDING, ERROR, FAILING, READ, READABLE, WRITABLE, WRITE, Loop
+from lb.relay.loop import DATA, ENDING, ERROR, FAILING, READ, READABLE, WRITABLE, WRITE, Loop
 from lb.relay.timers import PATIENT_SECONDS
 
 RESET_SECONDS = 2.0
@@ -171,6 +171,11 @@ class Relay:
     def client_event(self, mask: int) -> None:
         up = self._up
         self._last_at = self._loop.now
+        if mask == DATA and up.is_read and not up.has_pending:  # as most are: nothing else need be asked
+            result = up.pump()
+            if result is not _OPEN:
+                self._act(up, result)
+            return
         if mask & WRITABLE and self._down.has_pending:
             self._act(self._down, self._down.flush())
         if mask & READABLE and up.is_read and not up.has_pending and not self._is_closed:
@@ -185,6 +190,11 @@ class Relay:
     def server_event(self, mask: int) -> None:
         down = self._down
         self._last_at = self._loop.now
+        if mask == DATA and down.is_read and not down.has_pending:
+            result = down.pump()
+            if result is not _OPEN:
+                self._act(down, result)
+            return
         if mask & WRITABLE and self._up.has_pending:
             self._act(self._up, self._up.flush())
         if mask & READABLE and down.is_read and not down.has_pending and not self._is_closed:
