@@ -148,7 +148,8 @@ def test_a_relay_worker_that_is_killed_in_a_reload_costs_its_own_connections_onl
                     echoes[number].ask()
             assert lost < STREAMS
             assert server.opened == STREAMS + lost
-            assert service.backends()["main/one"]["connections"] == STREAMS
+            # One that moves to the replacement is counted by both for a moment: never too few.
+            wait_until(lambda: service.backends()["main/one"]["connections"] == STREAMS, "each is counted once")
             for echo in echoes:
                 echo.close()
             wait_until(lambda: service.backends()["main/one"]["connections"] == 0, "nobody is left")
