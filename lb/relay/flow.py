@@ -12,8 +12,11 @@ import fcntl
 import os
 import socket
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
+
+from lb.relay.loop import DATA, Loop
 
 CHUNK_BYTES = 64 * 1024
 PIPE_BYTES = 1024 * 1024
@@ -30,6 +33,8 @@ class Result(enum.Enum):
 
     OPEN = "open"
     """Nothing to do but wait for the source."""
+    MORE = "more"
+    """The same, but there may be something already, of which nobody will tell: watch the source anew."""
     BLOCKED = "blocked"
     """The sink takes no more for now: do not read on, flush when it can be written."""
     ENDED = "ended"
@@ -57,28 +62,63 @@ class FlowState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_reset: bool = False
 
 
+# What was received goes on before anything else is: one buffer is enough, and nothing is allocated for an exchange.
+_BUFFER = memoryview(bytearray(CHUNK_BYTES))
+_KEPT_VIEWS = 4096
+_VIEWS: list[memoryview | None] = [None] * _KEPT_VIEWS
+"""Of the buffer's begin, by their size, as they are needed: exchanges are small, and of few sizes."""
+
+
+class Owner(Protocol):
+    """Of a flow."""
+
+    def event(self, flow: Flow, mask: int) -> None:
+        """At the flow's source, and it is not just data, or none is wanted."""
+
+    def act(self, flow: Flow, result: Result) -> None:
+        """Data has come, and the flow does not simply go on."""
+
+
+class Nobody:
+    """The owner of a flow that is over."""
+
+    def event(self, flow: Flow, mask: int) -> None:
+        pass
+
+    def act(self, flow: Flow, result: Result) -> None:
+        pass
+
+
+NOBODY = Nobody()
+
+
 class Flow:
     """Borrows both sockets, which do not block. Owns its pipe."""
 
     __slots__ = (
-        *("_full_chunks", "_is_reset", "_pending", "_pipe", "_piped", "_sink", "_source"),
-        *("has_pending", "is_read", "is_written", "total"),
+        *("_full_chunks", "_is_reset", "_loop", "_pending", "_pipe", "_piped", "_sink", "_small_bytes", "_source"),
+        *("has_pending", "is_quick", "is_read", "is_watched", "is_written", "last_at", "owner", "total"),
     )
 
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
-        self._source, self._sink = source, sink
+    def __init__(self, source: socket.socket, sink: socket.socket, is_quick: bool, loop: Loop, owner: Owner) -> None:
+        """`is_quick`: the kernel returns less than it was asked for only where it has no more, but for urgent bytes."""
+        self._source, self._sink, self._loop = source, sink, loop
+        self.owner = owner
+        self.is_quick = is_quick
+        """It need be told only once of data: there is no large amount, and nothing to stop at before its end."""
+        self.is_read = self.is_written = self.is_watched = True
+        """The source has not ended; the sink is not shut down; data is to be read when it comes."""
+        self.has_pending = self._is_reset = False
+        """Something waits for the sink; splice(2) has taken the source's error away: what looks like an end is that
+        reset."""
         self._pending: memoryview | None = None
-        self.has_pending = False
-        """Something waits for the sink."""
-        self.is_read = self.is_written = True
-        """The source has not ended; the sink is not shut down."""
         self._pipe: tuple[int, int] | None = None
-        self._piped = 0
-        self._full_chunks = 0
-        self._is_reset = False
-        """splice(2) has taken the source's error away: what looks like an end is that reset."""
-        self.total = 0
-        """Bytes taken from the source."""
+        self._piped = self._full_chunks = self.total = 0
+        """Bytes in the pipe; see BULK_CHUNKS; bytes taken from the source."""
+        self._small_bytes = LARGE_BYTES
+        """A chunk that is smaller does not change whether the direction is bulk."""
+        self.last_at = loop.now
+        """When something happened at the source, on the monotonic clock."""
 
     @property
     def is_bulk(self) -> bool:
@@ -109,11 +149,23 @@ class Flow:
         """From where another process was. Takes ownership of both ends, if they are given."""
         self.put(state.pending)
         self.total, self._full_chunks = state.total, state.full_chunks
+        if self._full_chunks or state.is_bulk:
+            self._small_bytes, self.is_quick = 0, False
         self.is_read, self.is_written, self._is_reset = state.is_read, state.is_written, state.is_reset
         if pipe:
             self._pipe, self._piped, self.has_pending = (pipe[0], pipe[1]), state.piped, True
         elif state.is_bulk:
             self._pipe = _pipe()
+
+    def event(self, mask: int) -> None:
+        """Something happened at the source: data, as a rule."""
+        self.last_at = self._loop.now
+        if mask == DATA and self.is_watched:
+            result = self.pump()
+            if result is not _OPEN:
+                self.owner.act(self, result)
+        else:
+            self.owner.event(self, mask)
 
     def pump(self) -> Result:
         """The source can be read, and nothing is pending."""
@@ -122,32 +174,43 @@ class Flow:
             if result is not None:
                 return result
         try:
-            data = self._source.recv(CHUNK_BYTES)
+            size = self._source.recv_into(_BUFFER)
         except BlockingIOError:
             return _OPEN
         except OSError:
             return Result.RESET
-        size = len(data)
         if size == 0:
             return Result.RESET if self._is_reset else _ENDED
         self.total += size
+        view = _VIEWS[size] if size < _KEPT_VIEWS else _BUFFER[:size]
+        if view is None:
+            view = _VIEWS[size] = _BUFFER[:size]
         try:
-            sent = self._sink.send(data)
+            sent = self._sink.send(view)
         except BlockingIOError:
             sent = 0
         except OSError:
             return Result.SINK_GONE
-        if size >= LARGE_BYTES:
+        if sent == size < self._small_bytes:
+            return _OPEN
+        return self._stored(view, sent)
+
+    def _stored(self, view: memoryview, sent: int) -> Result:
+        """Of a chunk that is large, or comes after large ones, or that the sink did not take as a whole."""
+        was_quick = self.is_quick
+        if len(view) >= LARGE_BYTES:
             self._full_chunks += 1
+            self.is_quick = False
             if self._full_chunks == BULK_CHUNKS and self._pipe is None:
                 self._pipe = _pipe()
         elif self._full_chunks:
             self._full_chunks -= 1
-        if sent == size:
-            return _OPEN
-        self._pending = memoryview(data)[sent:]
-        self.has_pending = True
-        return _BLOCKED
+        self._small_bytes = 0 if self._full_chunks else LARGE_BYTES
+        if sent < len(view):
+            self._pending = memoryview(bytes(view[sent:]))
+            self.has_pending = True
+            return _BLOCKED
+        return Result.MORE if was_quick and not self.is_quick else _OPEN
 
     def flush(self) -> Result:
         """The sink can be written."""
@@ -169,7 +232,12 @@ class Flow:
         self.has_pending = False
         return _OPEN
 
+    def end(self) -> None:
+        """Nothing happens any more. Its owner and it do not keep each other alive."""
+        self.owner, self.is_watched = NOBODY, False
+
     def close(self) -> None:
+        """Let go of what is on its way."""
         if self._pipe is not None:
             for end in self._pipe:
                 os.close(end)

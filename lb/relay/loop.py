@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import select
 import socket
-import time
 from collections.abc import Callable
+from time import monotonic
 
 from lb.relay.timers import Timers
 
@@ -18,6 +18,10 @@ DATA = int(select.EPOLLIN)
 """The mask of an event for READ, as most are: nothing but that."""
 ENDING = select.EPOLLRDHUP
 """In the mask of an event for READ: the end has come, behind what is still to be read."""
+URGENT = select.EPOLLPRI
+ONCE = READ | URGENT | select.EPOLLET
+"""As READ, but told once, which is cheaper: who got less than there was room for has all that there was, but for what
+lies behind an urgent byte."""
 LEAVING = select.EPOLLRDHUP | select.EPOLLET
 """The other side has ended, or was reset. Told once."""
 ERROR = select.EPOLLERR
@@ -26,9 +30,15 @@ FAILING = select.EPOLLET
 """Nothing but that, and once."""
 READABLE, WRITABLE = ~WRITE, ~READ
 """Masks of what is worth an attempt: errors and hang-ups are for reading and writing to find out."""
-EVENTS_PER_TURN = 512
+EVENTS_PER_TURN = 64
+"""Fewer than there may be: for more, each wait would ask for memory that is large for the allocator."""
+_FIRST_CALLBACKS = 1024
 
 Callback = Callable[[int], None]
+
+
+def _nothing(_mask: int) -> None:
+    """For who is not watched any more."""
 
 
 class Loop:
@@ -36,50 +46,57 @@ class Loop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._callbacks: dict[int, Callback] = {}
+        self._callbacks: list[Callback] = [_nothing] * _FIRST_CALLBACKS
+        """By file descriptor."""
         self._closing: list[socket.socket] = []
         self.timers = Timers()
-        self.now = time.monotonic()
+        self.now = monotonic()
         """Of this turn, in seconds."""
         self.timers.set_now(self.now)
 
     @property
     def is_idle(self) -> bool:
         """Nothing is watched."""
-        return not self._callbacks
+        return all(callback is _nothing for callback in self._callbacks)
 
     def watch(self, fd: int, mask: int, callback: Callback) -> None:
         """From now on call back for these events, and no others, of an open fd; a mask of 0 ends it."""
+        callbacks = self._callbacks
+        while fd >= len(callbacks):
+            callbacks += [_nothing] * len(callbacks)
+        is_watched = callbacks[fd] is not _nothing
         if not mask:  # unregistered, since epoll reports a hang-up even where nothing was asked for
-            if self._callbacks.pop(fd, None) is not None:
+            if is_watched:
+                callbacks[fd] = _nothing
                 self._epoll.unregister(fd)
-        elif fd in self._callbacks:
-            self._callbacks[fd] = callback
+        elif is_watched:
+            callbacks[fd] = callback
             self._epoll.modify(fd, mask)
         else:
             self._epoll.register(fd, mask)
-            self._callbacks[fd] = callback
+            callbacks[fd] = callback
 
     def close(self, sock: socket.socket) -> None:
         """At the end of this turn, which leaves epoll as well: the number must not mean another socket before that."""
-        self._callbacks.pop(sock.fileno(), None)
+        fd = sock.fileno()
+        if 0 <= fd < len(self._callbacks):
+            self._callbacks[fd] = _nothing
         self._closing.append(sock)
 
     def turn(self, timeout: float | None) -> int:
         """Wait until something happens or is due, for at most `timeout` seconds. Returns how much happened."""
         due_at = self.timers.next_deadline()
         if due_at is not None:
-            left = due_at - time.monotonic()
+            left = due_at - monotonic()
             if timeout is None or left < timeout:
                 timeout = left if left > 0.0 else 0.0
         events = self._epoll.poll(timeout, EVENTS_PER_TURN)
-        self.now = now = time.monotonic()
-        self.timers.set_now(now)
-        callback_of = self._callbacks.get
+        self.now = now = monotonic()
+        if due_at is None:
+            self.timers.set_now(now)
+        callbacks = self._callbacks
         for fd, mask in events:
-            callback = callback_of(fd)
-            if callback is not None:
-                callback(mask)
+            callbacks[fd](mask)
         if due_at is not None and due_at <= now:
             self.timers.check(now)
         if self._closing:
@@ -94,5 +111,5 @@ class Loop:
 
     def shut_down(self) -> None:
         self.close_now()
-        self._callbacks.clear()
+        self._callbacks = []
         self._epoll.close()

@@ -41,6 +41,8 @@ class Moving:
         """`service_at`: the one whose listener a client came by."""
         self._worker, self._engine, self._loop = worker, engine, loop
         self._service_at = service_at
+        self._shown: int | None = None
+        """Connections here, as the others know them; None: to be told, even if there are as many as before."""
         self._sent: list[Target] = []
         """Backends of connections that nobody else counts yet, one for each."""
         self._uncount_at = 0.0
@@ -51,6 +53,12 @@ class Moving:
     def is_settled(self) -> bool:
         """Everything that was handed over is counted by who has it now."""
         return not self._sent
+
+    def show(self) -> None:
+        """Tell the others how many connections are here."""
+        connections = self._engine.connections
+        if connections != self._shown:
+            self._shown = self._worker.connections = connections
 
     def begin_balancing(self) -> None:
         self._balance()
@@ -84,7 +92,7 @@ class Moving:
         self._loop.timers.call_at(self._loop.now + BALANCE_SECONDS, self._balance)
         self._uncount()
         self.adopt_some()  # those that no fds were left for
-        self._worker.connections = self._engine.connections
+        self.show()
         surplus = self._worker.surplus()
         for _, relay in zip(range(surplus), self._engine.relays(), strict=False):
             if not self._hand_over(relay):
@@ -121,6 +129,7 @@ class Moving:
 
     def adopt_some(self) -> None:
         for fds, data in self._worker.adopted_fds():
+            self._shown = None
             try:
                 self._adopt(fds, data)
             except (BadLetter, HandoffError, OSError) as error:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from lb.relay.flow import Flow, FlowState, Result
-from lb.relay.loop import DATA, ENDING, ERROR, FAILING, READ, READABLE, WRITABLE, WRITE, Loop
+from lb.relay.loop import ENDING, ERROR, FAILING, ONCE, READ, READABLE, URGENT, WRITABLE, WRITE, Loop
 from lb.relay.timers import PATIENT_SECONDS
 
 RESET_SECONDS = 2.0
@@ -83,7 +83,7 @@ class Relay:
     """Owns both sockets, which do not block and are connected. Calls `on_close` once, at its very end."""
 
     __slots__ = (
-        *("_client", "_client_mask", "_down", "_ending_at", "_is_closed", "_is_gone", "_last_at", "_limits"),
+        *("_client", "_client_mask", "_down", "_ending_at", "_is_closed", "_is_gone", "_limits"),
         *("_loop", "_look_at", "_on_close", "_resetting", "_server", "_server_mask", "_shut_at", "_up", "began_at"),
         *("bucket", "context"),
     )
@@ -105,13 +105,14 @@ class Relay:
         self.context = context
         self.bucket: int | None = None
         self._client, self._server = client, server
-        self._up, self._down = Flow(client, server), Flow(server, client)
+        self._up = Flow(client, server, client.family != _UNIX, loop, self)
+        self._down = Flow(server, client, server.family != _UNIX, loop, self)
         self._loop, self._limits, self._on_close = loop, limits, on_close
         self._is_closed = self._is_gone = False
         self._resetting: socket.socket | None = None
         """It is to see a reset, when all that was sent to it is acknowledged: a reset throws away what is not."""
         self._ending_at = self._look_at = 0.0
-        self.began_at = self._last_at = loop.now
+        self.began_at = loop.now
         self._shut_at: float | None = None
         self._client_mask = self._server_mask = 0
         if first:
@@ -120,9 +121,10 @@ class Relay:
         if moved is not None:
             self._go_on(*moved)
         if moved is None and not first:  # as most are
-            self._client_mask = self._server_mask = READ
-            loop.watch(client.fileno(), READ, self.client_event)
-            loop.watch(server.fileno(), READ, self.server_event)
+            self._client_mask = client_mask = ONCE if self._up.is_quick else READ
+            self._server_mask = server_mask = ONCE if self._down.is_quick else READ
+            loop.watch(client.fileno(), client_mask, self._up.event)
+            loop.watch(server.fileno(), server_mask, self._down.event)
         elif self._resetting is None:
             self._watch()
         if limits.is_patient and moved is None:
@@ -151,6 +153,8 @@ class Relay:
         """It is another process's now: nothing is sent, `on_close` is not called. Between two turns."""
         self._is_closed = True
         self._watch_for(0, 0)  # first, and then closed: the connections live on, and epoll would keep them
+        self._up.end()
+        self._down.end()
         self._up.close()
         self._down.close()
         self._loop.timers.forget(self)
@@ -161,55 +165,41 @@ class Relay:
         split = 2 if state.up.piped else 0
         self._up.go_on(state.up, pipes[:split])
         self._down.go_on(state.down, pipes[split:])
-        self.began_at, self._last_at, self._shut_at = state.began_at, state.last_at, state.shut_at
+        self.began_at, self._shut_at = state.began_at, state.shut_at
+        self._up.last_at = self._down.last_at = state.last_at
         self._is_gone, self._ending_at = state.is_gone, state.ending_at
         if state.resetting:
             self._resetting = self._client if state.resetting == "client" else self._server
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    def client_event(self, mask: int) -> None:
-        up = self._up
-        self._last_at = self._loop.now
-        if mask == DATA and up.is_read and not up.has_pending:  # as most are: nothing else need be asked
-            result = up.pump()
+    def event(self, flow: Flow, mask: int) -> None:
+        """At the source of a flow, which is the sink of the other one."""
+        other, watched = (self._down, self._client_mask) if flow is self._up else (self._up, self._server_mask)
+        if mask & WRITABLE and other.has_pending:
+            self.act(other, other.flush())
+        if mask & URGENT and flow.is_quick:  # reading stops there, whatever comes behind it
+            flow.is_quick = False
+            if not self._is_closed and self._resetting is None:
+                self._watch()
+        if mask & READABLE and flow.is_read and not flow.has_pending and not self._is_closed:
+            before = flow.total
+            result = flow.pump()
+            if result is _OPEN and mask & ENDING:  # it is next: one turn less, and need not be asked for
+                is_next = watched == ONCE and flow.is_quick and flow.total > before and not mask & ERROR
+                result = _ENDED if is_next else flow.pump()
             if result is not _OPEN:
-                self._act(up, result)
-            return
-        if mask & WRITABLE and self._down.has_pending:
-            self._act(self._down, self._down.flush())
-        if mask & READABLE and up.is_read and not up.has_pending and not self._is_closed:
-            result = up.pump()
-            if result is _OPEN and mask & ENDING:  # it is next, as a rule; one turn less
-                result = up.pump()
-            if result is not _OPEN:
-                self._act(up, result)
+                self.act(flow, result)
         elif mask & ERROR and not self._is_closed and self._resetting is None:
-            self._act(self._down, _SINK_GONE)  # it was reset while nothing is read of it
+            self.act(other, _SINK_GONE)  # it was reset while nothing is read of it
 
-    def server_event(self, mask: int) -> None:
-        down = self._down
-        self._last_at = self._loop.now
-        if mask == DATA and down.is_read and not down.has_pending:
-            result = down.pump()
-            if result is not _OPEN:
-                self._act(down, result)
-            return
-        if mask & WRITABLE and self._up.has_pending:
-            self._act(self._up, self._up.flush())
-        if mask & READABLE and down.is_read and not down.has_pending and not self._is_closed:
-            result = down.pump()
-            if result is _OPEN and mask & ENDING:
-                result = down.pump()
-            if result is not _OPEN:
-                self._act(down, result)
-        elif mask & ERROR and not self._is_closed and self._resetting is None:
-            self._act(self._up, _SINK_GONE)  # it was reset while nothing is read of it
-
-    def _act(self, flow: Flow, result: Result) -> None:
+    def act(self, flow: Flow, result: Result) -> None:
+        """What became of a flow's data."""
         if result is _ENDED and not self._is_gone:
-            flow.is_read = False
+            flow.is_read = flow.is_watched = False
             self._shut(flow)
+            if flow.is_quick and not (self._down if flow is self._up else self._up).has_pending:
+                return  # an end is told once: nothing changes
         elif result is _ENDED or result is _RESET:
             # A send that failed took the error away: what looks like an end, after it, is the reset.
             self._reset(self._server if flow is self._up else self._client)
@@ -273,20 +263,23 @@ class Relay:
 
     def _watch(self) -> None:
         up, down = self._up, self._down
-        self._watch_for(
-            ((READ if up.is_read and not up.has_pending else 0) | (WRITE if down.has_pending else 0)) or FAILING,
-            ((READ if down.is_read and not down.has_pending else 0) | (WRITE if up.has_pending else 0)) or FAILING,
-        )
+        up.is_watched, down.is_watched = up.is_read and not up.has_pending, down.is_read and not down.has_pending
+        self._watch_for(_interest(up, down), _interest(down, up))
 
     def _watch_for(self, client_mask: int, server_mask: int) -> None:
         if client_mask != self._client_mask:
             self._client_mask = client_mask
-            self._loop.watch(self._client.fileno(), client_mask, self.client_event)
+            self._loop.watch(self._client.fileno(), client_mask, self._up.event)
         if server_mask != self._server_mask:
             self._server_mask = server_mask
-            self._loop.watch(self._server.fileno(), server_mask, self.server_event)
+            self._loop.watch(self._server.fileno(), server_mask, self._down.event)
 
     # --- time and the end -------------------------------------------------------------------------------------------
+
+    @property
+    def _last_at(self) -> float:
+        """When something happened at either side."""
+        return max(self._up.last_at, self._down.last_at)
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -350,6 +343,8 @@ class Relay:
             self._up.close()
         if self._down.has_pending or self._down.is_bulk:
             self._down.close()
+        self._up.end()
+        self._down.end()
         self._loop.timers.forget(self)
         self._loop.close(self._client)
         self._loop.close(self._server)
@@ -357,7 +352,16 @@ class Relay:
 
 
 _OPEN, _ENDED, _RESET, _SINK_GONE = Result.OPEN, Result.ENDED, Result.RESET, Result.SINK_GONE
-_SHUT_WR = int(socket.SHUT_WR)
+_SHUT_WR, _UNIX = int(socket.SHUT_WR), int(socket.AF_UNIX)
+
+
+def _interest(flow: Flow, other: Flow) -> int:
+    """What is to be told of the source of a flow, which is the sink of the other one."""
+    if other.has_pending:
+        return READ | WRITE if flow.is_watched else WRITE
+    if flow.is_quick and not flow.has_pending:  # an end is told once, too: it changes nothing here
+        return ONCE
+    return READ if flow.is_watched else FAILING
 
 
 def reset_at_close(sock: socket.socket) -> None:

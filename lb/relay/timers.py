@@ -101,10 +101,12 @@ class Timers:
         return self._order[0] * BUCKET_SECONDS if self._order else None
 
     def set_now(self, now: float) -> None:
-        """To be called now and then; without it every bucket is of a whole second."""
+        """To be called while nothing is armed; without it every bucket is of a whole second."""
         self._far_from = now + FAR_SECONDS
 
     def check(self, now: float) -> None:
+        """Look at what is due."""
+        self.set_now(now)
         while self._order and self._order[0] * BUCKET_SECONDS <= now:
             bucket = self._buckets.pop(heapq.heappop(self._order))
             for timed in bucket:

@@ -149,7 +149,7 @@ class RelayWorker:
 
     def _turn(self, timeout: float | None) -> None:
         self._loop.turn(timeout)
-        self._worker.connections = self.engine.connections
+        self._moving.show()
         if self._log is not None:
             self._log.flush()
 

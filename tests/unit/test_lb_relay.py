@@ -95,6 +95,30 @@ def check(reader: Peer, writer: Peer, first: bytes) -> None:
         assert reader.ending == "reset"  # no clean end
 
 
+@pytest.mark.parametrize("first", [b"", b"PROXY header\r\n"])
+def test_an_urgent_byte_between_data_and_the_end_is_passed_on(first: bytes) -> None:
+    """Reading stops before it: what was read is less than there was room for, and yet not all."""
+    rig = Rig(first=first)
+    try:
+        rig.server.send(b"before")
+        rig.server.send_urgent()
+        rig.server.send(b"after")
+        rig.server.fin()
+        rig.client.fin()
+        rig.finish(rig.client)
+        assert bytes(rig.client.seen) == b"beforeUafter"
+    finally:
+        rig.close()
+
+
+def test_what_comes_while_a_large_chunk_is_passed_on_is_not_forgotten(rig: Rig) -> None:
+    """Data is told once, until a chunk was large: then what is left of it must be told again."""
+    data = os.urandom(3 * CHUNK_BYTES)
+    rig.client.send(data)
+    rig.until(lambda: rig.server.read(len(data)) or len(rig.server.seen) == len(data))
+    assert bytes(rig.server.seen) == data
+
+
 def test_half_closed_the_other_direction_goes_on(rig: Rig) -> None:
     rig.client.send(b"request")
     rig.client.fin()

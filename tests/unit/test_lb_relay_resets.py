@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lb.relay.flow import CHUNK_BYTES
+from lb.relay.flow import CHUNK_BYTES, LARGE_BYTES
 from lb.relay.relay import Closed, Limits
 from tests.unit.fds import open_fds
 from tests.unit.relay_rig import Peer, Rig
@@ -79,7 +79,7 @@ def test_a_direction_has_one_pipe_however_its_bytes_come(rig: Rig) -> None:
 def test_what_is_taken_in_small_pieces_is_whole() -> None:
     rig = Rig(buffer_bytes=8192)
     try:
-        fill(rig, rig.client, size=CHUNK_BYTES - 1)
+        fill(rig, rig.client, size=LARGE_BYTES // 4)
         assert rig.relay._up.has_pending
         assert not rig.relay._up.is_bulk
         rig.client.fin()
