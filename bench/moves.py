@@ -24,8 +24,9 @@ from bench.servers import Handoff, end_on_term
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 _STEADY_SECONDS = 1.0
-_PAUSE_SECONDS = 0.001
+_PAUSE_SECONDS = 0.004
 _STEADY_RUN_SECONDS = 10
+_POLL_SECONDS = 0.01
 
 
 class Watch:
@@ -44,18 +45,20 @@ class Watch:
         found: dict[str, Any] = json.loads(data)
         return found
 
-    def first(self, condition: Any, seconds: float = 60.0) -> float:
-        """The time at which the status meets the condition for the first time."""
+    def first(self, condition: Any, seconds: float = 60.0, not_before: float = 0.0) -> float:
+        """The time at which the status meets the condition for the first time. To ask is a load: first in so many
+        seconds."""
         deadline = time.monotonic() + seconds
+        time.sleep(not_before)
         while not condition(self.status()):
             if time.monotonic() > deadline:
                 raise RuntimeError("the reload does not come to its end")
-            time.sleep(0.01)
+            time.sleep(_POLL_SECONDS)
         return time.monotonic()
 
 
 class Probe:
-    """One kept-alive client that asks all the time: when, and how long each answer took. It is no load."""
+    """One kept-alive client that asks all the time: when, and how long each answer took. It is hardly a load."""
 
     def __init__(self, port: int) -> None:
         self._connection = socket.create_connection(("127.0.0.1", port))
@@ -111,7 +114,7 @@ def idle(connections: int, loop: str) -> dict[str, float]:
         before = watch.status()["moves"]["adopted"]
         reloading.start()
         committed = watch.first(lambda status: status["live"] == 2)
-        adopted = watch.first(lambda status: status["moves"]["adopted"] - before >= connections)
+        adopted = watch.first(lambda status: status["moves"]["adopted"] - before >= connections, not_before=0.1)
         gone = watch.first(lambda status: len(status["generations"]) == 1)
         reloading.join()
         probe.stop()

@@ -6,23 +6,26 @@ import sys
 
 import click
 
-from handoff.cli.check import check
-from handoff.cli.operate import reload, rollback, scale, stop
 from handoff.cli.plugins import Commands
-from handoff.cli.run import run
-from handoff.cli.show import ps, status
 from handoff.errors import ExitCode, HandoffError
 from handoff.version import __version__
 
+_OWN = {
+    "check": "handoff.cli.check",
+    "ps": "handoff.cli.show",
+    "reload": "handoff.cli.operate",
+    "rollback": "handoff.cli.operate",
+    "run": "handoff.cli.run",
+    "scale": "handoff.cli.operate",
+    "status": "handoff.cli.show",
+    "stop": "handoff.cli.operate",
+}
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+@click.group(cls=Commands, own=_OWN, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="handoff")
 def handoff() -> None:
     """Serve a Python app and deploy it at any moment, under full load, without a client noticing."""
-
-
-for command in (run, reload, rollback, scale, stop, status, ps, check):
-    handoff.add_command(command)
 
 
 def run_command(command: click.Command = handoff) -> int:

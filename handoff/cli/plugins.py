@@ -1,33 +1,48 @@
-"""Sub-commands of other distributions: `handoff lb`, found through the entry-point group `handoff.commands`."""
+"""Sub-commands: ours, and those of other distributions (`handoff lb`), found through the entry-point group
+`handoff.commands`. Only the one that is called is imported.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
-from typing import NoReturn
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from handoff.errors import HandoffError
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 GROUP = "handoff.commands"
 
 
 class Commands(click.Group):
-    """The commands added to it, and those of plug-ins; where both have a name, ours is meant.
+    """`own`: our commands by name, each with its module; where a plug-in has the same name, ours is meant.
 
-    A plug-in is imported when it is called, or when all commands are listed. One that cannot be imported says so
-    when it is called, and never keeps another command from working.
+    One that cannot be imported says so when it is called, and never keeps another command from working.
     """
 
+    def __init__(self, *args: Any, own: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own = own
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *(found.name for found in entry_points(group=GROUP))})
+        return sorted({*self.own, *(found.name for found in _plugins())})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        own = super().get_command(ctx, cmd_name)
-        if own is not None:
-            return own
-        found = next(iter(entry_points(group=GROUP, name=cmd_name)), None)
+        if cmd_name in self.own:
+            command: click.Command = getattr(importlib.import_module(self.own[cmd_name]), cmd_name)
+            return command
+        found = next((found for found in _plugins() if found.name == cmd_name), None)
         return None if found is None else _load(found)
+
+
+def _plugins() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points
+
+    return tuple(entry_points(group=GROUP))
 
 
 def _load(found: EntryPoint) -> click.Command:

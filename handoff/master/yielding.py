@@ -11,8 +11,10 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-STEPS = 5
-"""Nice values: a third of the weight of those that serve, so that a boot on a busy machine is slower, not starved."""
+STEPS = 15
+"""Nice values, or as many as there are: a thirtieth of the weight of those that serve, so that a boot on a machine
+without an idle processor is slower, not starved."""
+_NICEST = 19  # setpriority(2)
 SHARE_OF_BOOT_TIMEOUT = 0.25
 """So much of its boot timeout, at most, a worker yields: then its boot is as urgent as the rest."""
 _CAP_SYS_NICE = 23  # capability.h
@@ -25,14 +27,15 @@ class Yielding:
 
     def __init__(self) -> None:
         self._niceness = os.getpriority(os.PRIO_PROCESS, 0)
-        self._is_possible = self._niceness + STEPS <= 19 and may_take_back(self._niceness)
+        self._steps = min(STEPS, _NICEST - self._niceness)
+        self._is_possible = self._steps > 0 and may_take_back(self._niceness)
         self._deadlines: dict[int, tuple[int, float]] = {}
 
     def begin(self, worker: int, pid: int, deadline: float) -> None:
         """From its first moment on: the process executes its interpreter just now."""
         if self._is_possible:
             with contextlib.suppress(OSError):  # it has ended
-                os.setpriority(os.PRIO_PROCESS, pid, self._niceness + STEPS)
+                os.setpriority(os.PRIO_PROCESS, pid, self._niceness + self._steps)
                 self._deadlines[worker] = pid, deadline
 
     def end(self, worker: int) -> None:
@@ -48,8 +51,8 @@ class Yielding:
         """Our steps, not what the application has made of its own niceness."""
         with contextlib.suppress(OSError):  # it has ended
             present = os.getpriority(os.PRIO_PROCESS, thread)
-            if present >= self._niceness + STEPS:
-                os.setpriority(os.PRIO_PROCESS, thread, present - STEPS)
+            if present >= self._niceness + self._steps:
+                os.setpriority(os.PRIO_PROCESS, thread, present - self._steps)
 
     def forget(self, worker: int) -> None:
         """It has ended; its pid may be another's soon."""

@@ -30,6 +30,7 @@ from handoff.worker.acceptors import Acceptors
 from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.balance import shares
 from handoff.worker.check import request_self
+from handoff.worker.collector import end_boot
 from handoff.worker.foreign_slots import ForeignSlots
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, takes_only_scope
@@ -132,6 +133,7 @@ class HTTPService:
                 self._protocol_of_check, self._settings.check, "check", self._settings.check_timeout_seconds
             )
         self._state.total_requests = 0
+        end_boot()
         self._link.send(Ready(interface=self._interface, adopts=self._adopts))
 
     async def _start_lifespan(self) -> None:
@@ -190,6 +192,8 @@ class HTTPService:
 
     def _adopt(self, state: AnyState, data: bytes, fds: list[int]) -> None:
         """Take over a connection; its fds are ours. Raises Unreadable."""
+        if fds and fds[0] >= self._state.crowded_from:
+            self._state.on_crowded()
         connection = socket_of(state, fds)
         protocol: HTTPProtocol | WebSocketProtocol
         if isinstance(state, HTTPState):
@@ -199,7 +203,8 @@ class HTTPService:
         else:
             connection.close()
             raise Unreadable(f"a connection that is not taken here: {state}")
-        task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection))
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(loop.connect_accepted_socket(lambda: protocol, connection))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)
 

@@ -28,6 +28,7 @@ from handoff.worker.accepting import Server
 from handoff.worker.acceptors import Acceptors, fd_of
 from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of
 from handoff.worker.balance import shares
+from handoff.worker.collector import end_boot
 from handoff.worker.context import Claims
 from handoff.worker.foreign_slots import ForeignSlots
 from handoff.worker.link import Link
@@ -99,6 +100,7 @@ class _Identity:
         assert not self._is_ready, "ready() is for once"
         self._is_ready = True
         unserved = self._claims.close_unclaimed()
+        end_boot()
         self._link.send(Ready(interface="handoff", unserved=unserved, adopts=(RAW,) if adopts else ()))
 
     def _leave(self, number: int) -> None:

@@ -53,13 +53,14 @@ class Mover:
         self.outbox.update(message, fds)
         self._flush()
 
-    def post(self, connection: Movable, mailbox: int | None = None) -> None:
-        """Hand over a quiet connection: now, or when there is room. `mailbox`: to this receiver, if it is there."""
+    def post(self, connection: Movable, mailbox: int | None = None) -> bool:
+        """Hand over a quiet connection, to the receiver `mailbox` if it is there. False: it waits for room."""
         queue = self._waiting.setdefault(connection.kind, deque())
+        if not queue and self._send(connection, mailbox):
+            return True
         queue.append(connection)
-        if len(queue) == 1:
-            self._send_all(queue, mailbox)
         self._count()
+        return False
 
     def _flush(self) -> None:
         self._unwatch()

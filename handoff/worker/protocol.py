@@ -23,7 +23,7 @@ from typing import Any
 import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from handoff.core.messages import Hold
@@ -100,13 +100,18 @@ class HTTPProtocol(HttpToolsProtocol):
     # --- the connection ---------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        if self._adopted is None or self._adopted[0].server is None:
+            super().connection_made(transport)
+        else:  # the same, but for the addresses: to ask for them takes as long as all the rest
+            self.connections.add(self)
+            self.transport, self.flow = transport, FlowControl(transport)
+            self.server = self._adopted[0].server
         self.seen_at = self.loop.time()
         self.server_state.connection_made()
-        if fd_of(transport) >= self.server_state.crowded_from:
-            self.server_state.on_crowded()
         if self._adopted is not None:
             self._take_over(*self._adopted)
+        elif fd_of(transport) >= self.server_state.crowded_from:
+            self.server_state.on_crowded()
         if self.server_state.leave is not None and self in self.connections:  # not one that was upgraded at once
             self.server_state.leave(self)
 
@@ -286,12 +291,13 @@ class HTTPProtocol(HttpToolsProtocol):
     def _move_if_quiet(self) -> None:
         if not self._is_quiet or self._is_posted:
             return
-        self.flow.pause_reading()
         if self.transport.get_write_buffer_size():
+            self.flow.pause_reading()
             self.transport.set_write_buffer_limits(high=0)  # so that resume_writing says when it is empty
             return
         self._is_posted = True
-        self.server_state.mover.post(self, self._mailbox)
+        if not self.server_state.mover.post(self, self._mailbox):
+            self.flow.pause_reading()
 
     @property
     def _is_quiet(self) -> bool:
@@ -315,6 +321,7 @@ class HTTPProtocol(HttpToolsProtocol):
             until = time.monotonic() + timer.when() - self.loop.time()
         state = HTTPState(
             client=self.client,
+            server=self.server,
             scheme=self.scheme or "http",
             is_answered=self._was_answered or self.cycle is not None,
             keep_alive_until=until,

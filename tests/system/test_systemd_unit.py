@@ -80,7 +80,9 @@ def test_our_command_line_takes_the_line(name: str) -> None:
     program, command, *arguments = shlex.split(directive(name))
     assert program.endswith("/bin/handoff")
     with click.Context(handoff) as parent:
-        handoff.commands[command].make_context(command, arguments, parent=parent)  # raises for what it does not take
+        found = handoff.get_command(parent, command)
+        assert found is not None
+        found.make_context(command, arguments, parent=parent)  # raises for what it does not take
 
 
 def test_reload_asks_for_the_service_that_the_start_names() -> None:
