@@ -34,7 +34,10 @@ def receive_datagram(end: socket.socket, limit_bytes: int) -> tuple[bytes, list[
     No data and no fds: the end. Raises OSError; BlockingIOError when there is nothing yet.
     """
     free = _buffers.setdefault(limit_bytes, [])
-    buffer = free.pop() if free else memoryview(bytearray(limit_bytes))
+    try:
+        buffer = free.pop()
+    except IndexError:
+        buffer = memoryview(bytearray(limit_bytes))
     try:
         size, ancillary, flags = _receive_into(end, buffer)
         data = bytes(buffer[:size])

@@ -21,7 +21,7 @@ GROUP = "handoff.commands"
 class Commands(click.Group):
     """`own`: our commands by name, each with its module; where a plug-in has the same name, ours is meant.
 
-    One that cannot be imported says so when it is called, and never keeps another command from working.
+    A plug-in that cannot be imported says so when it is called, and never keeps another command from working.
     """
 
     def __init__(self, *args: Any, own: Mapping[str, str], **kwargs: Any) -> None:
@@ -29,12 +29,15 @@ class Commands(click.Group):
         self.own = own
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*self.own, *(found.name for found in _plugins())})
+        return sorted({*super().list_commands(ctx), *self.own, *(found.name for found in _plugins())})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in self.own:
             command: click.Command = getattr(importlib.import_module(self.own[cmd_name]), cmd_name)
             return command
+        added = super().get_command(ctx, cmd_name)
+        if added is not None:
+            return added
         found = next((found for found in _plugins() if found.name == cmd_name), None)
         return None if found is None else _load(found)
 

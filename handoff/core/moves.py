@@ -29,8 +29,8 @@ class HTTPState(State, frozen=True, tag=HTTP):
     """A connection of HTTP/1.1 between two messages, or within the head of the next one."""
 
     scheme: str = "http"
-    server: tuple[str, int | None] | None = None
-    """The client's view of us, for the scope: asking the kernel for it is felt where thousands move."""
+    server: tuple[str, int] | None = None
+    """Our address, for the scope: asking the kernel for it is felt where thousands move. None: ask (a unix socket)."""
     is_answered: bool = False
     """At least one response was sent on it: an idle client may be asked to come back."""
     keep_alive_until: float | None = None

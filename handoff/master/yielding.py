@@ -11,9 +11,11 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-STEPS = 15
-"""Nice values, or as many as there are: a thirtieth of the weight of those that serve, so that a boot on a machine
-without an idle processor is slower, not starved."""
+STEPS = 12
+"""Nice values: a fifteenth of the weight of those that serve, so that a boot on a machine without an idle processor is
+slower, not starved."""
+OWN_STEPS = 5
+"""So many, at least, are left for what the application does to its own niceness."""
 _NICEST = 19  # setpriority(2)
 SHARE_OF_BOOT_TIMEOUT = 0.25
 """So much of its boot timeout, at most, a worker yields: then its boot is as urgent as the rest."""
@@ -27,7 +29,7 @@ class Yielding:
 
     def __init__(self) -> None:
         self._niceness = os.getpriority(os.PRIO_PROCESS, 0)
-        self._steps = min(STEPS, _NICEST - self._niceness)
+        self._steps = min(STEPS, _NICEST - self._niceness - OWN_STEPS)
         self._is_possible = self._steps > 0 and may_take_back(self._niceness)
         self._deadlines: dict[int, tuple[int, float]] = {}
 

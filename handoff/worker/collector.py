@@ -23,4 +23,6 @@ def end_boot() -> None:
     """Everything that serves is there. A threshold that the application has set itself stays, and `gc.disable()`."""
     if gc.get_threshold()[0] == BOOT_THRESHOLD:
         gc.set_threshold(SERVING_THRESHOLD, *_PLAIN[1:])
+    if gc.isenabled():
+        gc.collect()  # what is garbage already would be kept, with its open files
     gc.freeze()

@@ -2,9 +2,9 @@
 
 Built on these internals of uvicorn (a test for each fails when one changes): HttpToolsProtocol's `cycle`, `pipeline`,
 `scope`, `connections`, `flow`, `timeout_keep_alive_task`, `timeout_keep_alive_handler`, `on_response_complete`,
-`send_400_response`, `_unset_keepalive_if_required`, the bodies of `data_received`, `on_body` and `on_message_complete`,
-that a message's scope is made at its begin and its cycle at the end of its head, and that each request is started by
-`self._start_asgi_task(cycle, app)`;
+`send_400_response`, `_unset_keepalive_if_required`, the bodies of `connection_made`, `data_received`, `on_body` and
+`on_message_complete`, that a message's scope is made at its begin and its cycle at the end of its head, and that each
+request is started by `self._start_asgi_task(cycle, app)`;
 RequestResponseCycle's `keep_alive`, `response_started`, `response_complete`, `on_response`, `transport`, that it has
 no slots, that `send` sets `response_started` before it asks for `keep_alive`, and that it calls `transport.close()`
 after a response without keep-alive.
@@ -321,7 +321,7 @@ class HTTPProtocol(HttpToolsProtocol):
             until = time.monotonic() + timer.when() - self.loop.time()
         state = HTTPState(
             client=self.client,
-            server=self.server,
+            server=_with_port(self.server),
             scheme=self.scheme or "http",
             is_answered=self._was_answered or self.cycle is not None,
             keep_alive_until=until,
@@ -418,6 +418,11 @@ class HTTPProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             path, kind = self.cycle.scope["path"], "request"
         return Hold(kind, address(self.client), path, now - self.seen_at)
+
+
+def _with_port(address: tuple[str, int | None] | None) -> tuple[str, int] | None:
+    """None for the path of a unix socket, which may be no text that a letter can hold."""
+    return None if address is None or address[1] is None else (address[0], address[1])
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:

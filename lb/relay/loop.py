@@ -67,11 +67,11 @@ class Loop:
         is_watched = callbacks[fd] is not _nothing
         if not mask:  # unregistered, since epoll reports a hang-up even where nothing was asked for
             if is_watched:
-                callbacks[fd] = _nothing
                 self._epoll.unregister(fd)
+                callbacks[fd] = _nothing
         elif is_watched:
-            callbacks[fd] = callback
             self._epoll.modify(fd, mask)
+            callbacks[fd] = callback
         else:
             self._epoll.register(fd, mask)
             callbacks[fd] = callback
@@ -92,7 +92,7 @@ class Loop:
                 timeout = left if left > 0.0 else 0.0
         events = self._epoll.poll(timeout, EVENTS_PER_TURN)
         self.now = now = monotonic()
-        if due_at is None:
+        if due_at is None or due_at - now > 1.0:
             self.timers.set_now(now)
         callbacks = self._callbacks
         for fd, mask in events:
@@ -111,5 +111,5 @@ class Loop:
 
     def shut_down(self) -> None:
         self.close_now()
-        self._callbacks = []
+        self._callbacks = [_nothing]
         self._epoll.close()

@@ -183,15 +183,17 @@ class Relay:
             if not self._is_closed and self._resetting is None:
                 self._watch()
         if mask & READABLE and flow.is_read and not flow.has_pending and not self._is_closed:
-            before = flow.total
-            result = flow.pump()
+            # What was asked for when the relay was not yet there says nothing of urgent bytes.
+            is_told_all = watched == ONCE and flow.is_quick and self._loop.now != self.began_at and not mask & ERROR
+            before, result = flow.total, flow.pump()
             if result is _OPEN and mask & ENDING:  # it is next: one turn less, and need not be asked for
-                is_next = watched == ONCE and flow.is_quick and flow.total > before and not mask & ERROR
-                result = _ENDED if is_next else flow.pump()
+                result = _ENDED if is_told_all and flow.total > before else flow.pump()
             if result is not _OPEN:
                 self.act(flow, result)
-        elif mask & ERROR and not self._is_closed and self._resetting is None:
-            self.act(other, _SINK_GONE)  # it was reset while nothing is read of it
+            if result is not _ENDED:
+                return
+        if mask & ERROR and not self._is_closed and self._resetting is None:
+            self.act(other, _SINK_GONE)  # reset while nothing is read of it, or behind its end: that is told once
 
     def act(self, flow: Flow, result: Result) -> None:
         """What became of a flow's data."""

@@ -101,7 +101,7 @@ class Timers:
         return self._order[0] * BUCKET_SECONDS if self._order else None
 
     def set_now(self, now: float) -> None:
-        """To be called while nothing is armed; without it every bucket is of a whole second."""
+        """To be called every second, `check` included; without it every bucket is of a whole second."""
         self._far_from = now + FAR_SECONDS
 
     def check(self, now: float) -> None:

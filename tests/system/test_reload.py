@@ -110,7 +110,7 @@ def test_workers_that_boot_for_a_reload_leave_the_processor_to_those_that_serve(
         assert live_version(service) == f"{ours} {{{ours}}}".encode()
         assert service.reload().returncode == 0
         service.wait_for_generations(2)
-        booting = min(ours + STEPS, 19) if may_take_back(ours) else ours
+        booting = min(ours + STEPS, 14) if may_take_back(ours) else ours
         assert live_version(service) == f"{booting} {{{ours}}}".encode()
 
 

@@ -312,6 +312,31 @@ def test_beyond_maxconn_clients_wait_in_order_until_a_place_is_free(rig: Rig) ->
         backend.accepted[number].close()
 
 
+def test_what_was_told_of_a_client_before_it_had_a_backend_says_nothing_of_urgent_bytes(rig: Rig) -> None:
+    """The event of its end comes in the turn in which the relay is made."""
+    backend = rig.backend()
+    rig.serve(endpoint(backend, maxconn=1))
+    for target in rig.engine._targets:
+        target.is_local = False  # so that connecting takes a turn
+    first = rig.client()
+    rig.until(lambda: rig.engine.connections == 1 and backend.look(), "one has the only place")
+    client = rig.client()
+    rig.until(lambda: rig.engine.waiting == 1, "the other waits")
+    first.close()
+    backend.accepted[0].close()
+    rig.until(lambda: rig.engine.attempts[0].target is not None, "it is being connected")
+    client.send(b"before")
+    client.send(b"U", socket.MSG_OOB)
+    client.send(b"after")
+    client.shutdown(socket.SHUT_WR)
+    rig.until(lambda: backend.look() == 2, "it is connected")
+    backend.accepted[1].setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    seen = b""
+    while data := rig.read(backend.accepted[1]):
+        seen += data
+    assert seen == b"beforeUafter"
+
+
 def test_a_place_that_another_relay_worker_gives_back_is_found(rig: Rig, tmp_path: Path) -> None:
     backend = rig.backend()
     other = Page(tmp_path / "connections")

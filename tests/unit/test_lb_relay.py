@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lb.relay.flow import CHUNK_BYTES
+from lb.relay.loop import Loop
 from lb.relay.relay import Closed, Limits
-from lb.relay.timers import Timers
+from lb.relay.timers import BUCKET_SECONDS, Timers
 from tests.unit.fds import open_fds
 from tests.unit.relay_rig import Peer, Rig
 
@@ -109,6 +110,46 @@ def test_an_urgent_byte_between_data_and_the_end_is_passed_on(first: bytes) -> N
         assert bytes(rig.client.seen) == b"beforeUafter"
     finally:
         rig.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"request"])
+@pytest.mark.parametrize("first", [b"", b"PROXY header\r\n"])
+@pytest.mark.parametrize("is_client", [True, False])
+def test_a_reset_right_behind_an_end_is_seen(data: bytes, first: bytes, is_client: bool) -> None:
+    """Both are told in one event, and then no more."""
+    rig = Rig(first=first)
+    try:
+        for _ in range(3):
+            rig.step()
+        peer = rig.client if is_client else rig.server
+        peer.send(data)
+        peer.fin()
+        peer.reset()
+        rig.until(lambda: rig.closed is not None)
+        assert rig.closed is not None
+        assert (rig.closed.cause, rig.closed.side) == ("reset", "client" if is_client else "server")
+    finally:
+        rig.close()
+
+
+def test_a_deadline_is_exact_after_a_time_in_which_nothing_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.3]
+    monkeypatch.setattr("lb.relay.loop.monotonic", lambda: clock[0])
+    loop = Loop()
+    loop.timers.call_at(clock[0] + 3600, lambda: None)
+    for _ in range(100):
+        clock[0] += 0.1
+        loop.turn(0)
+    fired: list[float] = []
+    due_at = clock[0] + 0.2
+    loop.timers.call_at(due_at, lambda: fired.append(clock[0]))
+    while not fired:
+        clock[0] += 0.005
+        loop.turn(0)
+    assert fired[0] - due_at < 2 * BUCKET_SECONDS
+    loop.shut_down()
+    with pytest.raises(ValueError, match="closed epoll"):
+        loop.watch(0, 1, lambda _: None)
 
 
 def test_what_comes_while_a_large_chunk_is_passed_on_is_not_forgotten(rig: Rig) -> None:

@@ -81,6 +81,18 @@ def test_moves_are_on_for_the_installed_release() -> None:
 
 
 BODIES = {
+    HttpToolsProtocol.connection_made: """
+def connection_made(self, transport: asyncio.Transport) -> None:
+    self.connections.add(self)
+    self.transport = transport
+    self.flow = FlowControl(transport)
+    self.server = get_local_addr(transport)
+    self.client = get_remote_addr(transport)
+    self.scheme = 'https' if is_ssl(transport) else 'http'
+    if self.logger.level <= TRACE_LOG_LEVEL:
+        prefix = '%s:%d - ' % self.client if self.client else ''
+        self.logger.log(TRACE_LOG_LEVEL, '%sHTTP connection made', prefix)
+""",
     HttpToolsProtocol.data_received: """
 def data_received(self, data: bytes) -> None:
     self._unset_keepalive_if_required()

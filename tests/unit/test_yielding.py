@@ -66,7 +66,7 @@ def test_a_process_is_nicer_until_it_is_ready_with_its_threads_and_children(boot
     ours = Yielding()
     ours.begin(1, booting.pid, 100.0)
     booting.go_on()
-    assert booting.niceness() == {min(STEPS, 19 - OURS) if may_take_back(OURS) else 0}
+    assert booting.niceness() == {min(STEPS, 14 - OURS) if may_take_back(OURS) else 0}
     ours.end(1)
     assert booting.niceness() == {0}
     ours.end(1)
@@ -77,7 +77,7 @@ def test_its_time_is_bounded(booting: Booting) -> None:
     ours.begin(1, booting.pid, 100.0)
     booting.go_on()
     ours.check(99.0)
-    assert booting.niceness() == {min(STEPS, 19 - OURS) if may_take_back(OURS) else 0}
+    assert booting.niceness() == {min(STEPS, 14 - OURS) if may_take_back(OURS) else 0}
     assert ours.next_deadline() == (100.0 if may_take_back(OURS) else None)
     ours.check(100.0)
     assert booting.niceness() == {0}
