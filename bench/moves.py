@@ -114,7 +114,9 @@ def idle(connections: int, loop: str) -> dict[str, float]:
         before = watch.status()["moves"]["adopted"]
         reloading.start()
         committed = watch.first(lambda status: status["live"] == 2)
-        adopted = watch.first(lambda status: status["moves"]["adopted"] - before >= connections, not_before=connections / 50_000)
+        adopted = watch.first(
+            lambda status: status["moves"]["adopted"] - before >= connections, not_before=connections / 50_000
+        )
         gone = watch.first(lambda status: len(status["generations"]) == 1)
         reloading.join()
         probe.stop()
