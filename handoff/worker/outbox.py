@@ -31,6 +31,8 @@ class Outbox:
     def __init__(self) -> None:
         self._writers: dict[int, socket.socket] = {}
         self.receivers: tuple[ReceiverInfo, ...] = ()
+        self._takers: dict[str, tuple[ReceiverInfo, ...]] = {}
+        """By kind."""
         self._next = os.getpid()  # several senders should not all begin with the same receiver
 
     def update(self, message: Receivers, fds: list[int]) -> None:
@@ -41,13 +43,15 @@ class Outbox:
                 self._writers[info.mailbox] = socket.socket(fileno=next(fresh))
                 self._writers[info.mailbox].setblocking(False)
         self.receivers = tuple(info for info in message.receivers if info.mailbox in self._writers)
+        kinds = {kind for info in self.receivers for kind in info.adopts}
+        self._takers = {kind: tuple(info for info in self.receivers if kind in info.adopts) for kind in kinds}
         kept = {info.mailbox for info in message.receivers}
         for mailbox in [mailbox for mailbox in self._writers if mailbox not in kept]:
             self._writers.pop(mailbox).close()
 
     def takes(self, kind: str) -> bool:
         """Somebody adopts connections of this kind."""
-        return any(kind in info.adopts for info in self.receivers)
+        return kind in self._takers
 
     def has_unread(self) -> bool:
         """Letters lie in a mailbox: its owner's count of connections does not tell what it will have."""
@@ -55,16 +59,18 @@ class Outbox:
 
     def writers(self, kind: str) -> list[socket.socket]:
         """Of those that adopt this kind; borrowed."""
-        return [self._writers[info.mailbox] for info in self.receivers if kind in info.adopts]
+        return [self._writers[info.mailbox] for info in self._takers.get(kind, ())]
 
     def put(self, kind: str, letter: tuple[AnyState, bytes, Sequence[int]], mailbox: int | None = None) -> Put:
         """Send one letter, whose fds are borrowed: to `mailbox` if it has room, else to the others in turn."""
-        targets = [info for info in self.receivers if kind in info.adopts]
-        chosen = [info for info in targets if info.mailbox == mailbox]
+        targets = self._takers.get(kind, ())
         self._next += 1
         first = self._next % len(targets) if targets else 0
+        targets = targets[first:] + targets[:first]
+        if mailbox is not None:
+            targets = tuple(sorted(targets, key=lambda info: info.mailbox != mailbox))
         result = Put.LATER
-        for info in (*chosen, *targets[first:], *targets[:first]):
+        for info in targets:
             try:
                 send_letter(self._writers[info.mailbox], *letter)
             except TooLarge:
