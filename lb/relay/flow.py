@@ -64,9 +64,9 @@ class FlowState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 # What was received goes on before anything else is: one buffer is enough, and nothing is allocated for an exchange.
 _BUFFER = memoryview(bytearray(CHUNK_BYTES))
-_KEPT_VIEWS = 4096
-_VIEWS: list[memoryview | None] = [None] * _KEPT_VIEWS
-"""Of the buffer's begin, by their size, as they are needed: exchanges are small, and of few sizes."""
+_SMALL_BYTES = 4096
+_VIEWS: dict[int, memoryview] = {}
+"""Of the buffer's begin, by their size, from the first of it on: exchanges are small, and of few sizes."""
 
 
 class Owner(Protocol):
@@ -158,14 +158,33 @@ class Flow:
             self._pipe = _pipe()
 
     def event(self, mask: int) -> None:
-        """Something happened at the source: data, as a rule."""
+        """Something happened at the source: data of a small exchange, as a rule, which the sink takes as a whole."""
         self.last_at = self._loop.now
-        if mask == DATA and self.is_watched:
-            result = self.pump()
-            if result is not _OPEN:
-                self.owner.act(self, result)
-        else:
+        if mask != DATA or not self.is_watched or not self.is_quick:
             self.owner.event(self, mask)
+            return
+        size = 0
+        try:
+            size = self._source.recv_into(_BUFFER)
+            sent = self._sink.send(_VIEWS[size])
+        except (OSError, KeyError) as error:
+            result = self._failed(size, error)
+        else:
+            self.total += size
+            if sent == size:
+                return
+            result = self._stored(_VIEWS[size], sent)
+        if result is not _OPEN:
+            self.owner.act(self, result)
+
+    def _failed(self, size: int, error: OSError | KeyError) -> Result:
+        """In the path above: to receive, if nothing was; to find a view, for an end and for a new size; or to send."""
+        if isinstance(error, KeyError):
+            return self._pass_on(size)
+        if not size:
+            return _OPEN if isinstance(error, BlockingIOError) else Result.RESET
+        self.total += size
+        return self._stored(_VIEWS[size], 0) if isinstance(error, BlockingIOError) else Result.SINK_GONE
 
     def pump(self) -> Result:
         """The source can be read, and nothing is pending."""
@@ -179,21 +198,25 @@ class Flow:
             return _OPEN
         except OSError:
             return Result.RESET
+        return self._pass_on(size)
+
+    def _pass_on(self, size: int) -> Result:
+        """What was received."""
         if size == 0:
             return Result.RESET if self._is_reset else _ENDED
         self.total += size
-        view = _VIEWS[size] if size < _KEPT_VIEWS else _BUFFER[:size]
+        view = _VIEWS.get(size)
         if view is None:
-            view = _VIEWS[size] = _BUFFER[:size]
+            view = _BUFFER[:size]
+            if size < _SMALL_BYTES:
+                _VIEWS[size] = view
         try:
             sent = self._sink.send(view)
         except BlockingIOError:
             sent = 0
         except OSError:
             return Result.SINK_GONE
-        if sent == size < self._small_bytes:
-            return _OPEN
-        return self._stored(view, sent)
+        return _OPEN if sent == size < self._small_bytes else self._stored(view, sent)
 
     def _stored(self, view: memoryview, sent: int) -> Result:
         """Of a chunk that is large, or comes after large ones, or that the sink did not take as a whole."""

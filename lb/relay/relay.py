@@ -183,10 +183,11 @@ class Relay:
             if not self._is_closed and self._resetting is None:
                 self._watch()
         if mask & READABLE and flow.is_read and not flow.has_pending and not self._is_closed:
-            # What was asked for when the relay was not yet there says nothing of urgent bytes.
-            is_told_all = watched == ONCE and flow.is_quick and self._loop.now != self.began_at and not mask & ERROR
             before, result = flow.total, flow.pump()
             if result is _OPEN and mask & ENDING:  # it is next: one turn less, and need not be asked for
+                # What was asked for when the relay was not yet there says nothing of urgent bytes.
+                is_new = self._loop.now == self.began_at
+                is_told_all = watched == ONCE and flow.is_quick and not is_new and not mask & ERROR
                 result = _ENDED if is_told_all and flow.total > before else flow.pump()
             if result is not _OPEN:
                 self.act(flow, result)
