@@ -30,8 +30,7 @@ FAILING = select.EPOLLET
 """Nothing but that, and once."""
 READABLE, WRITABLE = ~WRITE, ~READ
 """Masks of what is worth an attempt: errors and hang-ups are for reading and writing to find out."""
-EVENTS_PER_TURN = 64
-"""Fewer than there may be: for more, each wait would ask for memory that is large for the allocator."""
+EVENTS_PER_TURN = 256
 _FIRST_CALLBACKS = 1024
 
 Callback = Callable[[int], None]
