@@ -116,7 +116,7 @@ class Flow:
         self._piped = self._full_chunks = self.total = 0
         """Bytes in the pipe; see BULK_CHUNKS; bytes taken from the source."""
         self._small_bytes = LARGE_BYTES
-        """A chunk that is smaller does not change whether the direction is bulk."""
+        """A chunk that is smaller does not change whether the direction is bulk; 0: each one does, or it is bulk."""
         self.last_at = loop.now
         """When something happened at the source, on the monotonic clock."""
 
@@ -160,7 +160,7 @@ class Flow:
     def event(self, mask: int) -> None:
         """Something happened at the source: data of a small exchange, as a rule, which the sink takes as a whole."""
         self.last_at = self._loop.now
-        if mask != DATA or not self.is_watched or not self.is_quick:
+        if mask != DATA or not self.is_watched or not self._small_bytes:
             self.owner.event(self, mask)
             return
         size = 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lb.relay.flow import CHUNK_BYTES
+from lb.relay.flow import CHUNK_BYTES, LARGE_BYTES
 from lb.relay.loop import Loop
 from lb.relay.relay import Closed, Limits
 from lb.relay.timers import BUCKET_SECONDS, Timers
@@ -158,6 +158,22 @@ def test_what_comes_while_a_large_chunk_is_passed_on_is_not_forgotten(rig: Rig) 
     rig.client.send(data)
     rig.until(lambda: rig.server.read(len(data)) or len(rig.server.seen) == len(data))
     assert bytes(rig.server.seen) == data
+
+
+def test_small_exchanges_after_a_large_chunk_are_passed_on_to_their_end(rig: Rig) -> None:
+    sent = os.urandom(LARGE_BYTES)
+    rig.server.send(sent)
+    rig.until(lambda: rig.client.read(1 << 20) or len(rig.client.seen) == len(sent))
+    for number in range(20):
+        part = b"%d" % number * 10
+        rig.server.send(part)
+        sent += part
+        rig.until(lambda: rig.client.read(1 << 20) or bytes(rig.client.seen) == sent)  # noqa: B023  # at once
+    assert not rig.relay._down.is_quick
+    rig.server.fin()
+    rig.client.fin()
+    rig.finish(rig.client, rig.server)
+    assert rig.closed == Closed("end", rig.closed.side if rig.closed else "", 0, len(sent))
 
 
 def test_half_closed_the_other_direction_goes_on(rig: Rig) -> None:
