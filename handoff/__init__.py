@@ -6,11 +6,13 @@ For applications: `listener(name)`, and `Worker` and `AsyncWorker`, which `main(
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from handoff.version import __version__
 
+TYPE_CHECKING = False
+"""As typing's: to import that takes milliseconds, which a boot wants to spend after its first pause."""
 if TYPE_CHECKING:
+    from typing import Any
+
     from handoff.worker.context import listener as listener
     from handoff.worker.library import AsyncWorker as AsyncWorker
     from handoff.worker.library import Worker as Worker

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
+from handoff.pacing import begin_pacing
+
+_PACED_SECONDS = 1.0
+"""Who types `handoff reload` on a busy machine does not want its clients to wait for the command itself."""
+
 
 def main() -> None:
     """The console script. Ends the process."""
@@ -13,6 +18,7 @@ def main() -> None:
         sys.stderr.write(f"handoff: error: runs on Linux only (pidfds, memfds, SCM_RIGHTS); this is {sys.platform}\n")
         raise SystemExit(1)
     _open_standard_files()
+    begin_pacing(_PACED_SECONDS)
     from handoff.errors import ExitCode
 
     try:

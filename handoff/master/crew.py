@@ -56,7 +56,7 @@ from handoff.master.foreign import ForeignWorker
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
 from handoff.master.processes import WorkerProcess, post_mortem_file
-from handoff.master.spawn import CHANNEL_VARIABLE, POST_MORTEM_VARIABLE, Command, spawn
+from handoff.master.spawn import CHANNEL_VARIABLE, PACED_VARIABLE, POST_MORTEM_VARIABLE, Command, spawn
 from handoff.master.yielding import SHARE_OF_BOOT_TIMEOUT, Yielding
 from handoff.resolve import worker_variables
 from handoff.settings import Pins
@@ -153,8 +153,7 @@ class Crew:
             return
         self._processes[action.worker] = process
         if action.yields and process.foreign is None:  # a command serves as soon as it runs
-            seconds = pins.settings.boot_timeout_seconds * SHARE_OF_BOOT_TIMEOUT
-            self._yielding.begin(action.worker, process.pid, time.monotonic() + seconds)
+            self._yielding.begin(action.worker, process.pid, time.monotonic() + _yielding_seconds(pins))
         self._loop.watch(
             process.channel,
             Order.CHANNEL,
@@ -211,6 +210,8 @@ class Crew:
                     command = _foreign_command(action, pins, environment, listeners, theirs.fileno(), foreign, stored)
                 else:
                     environment |= {CHANNEL_VARIABLE: str(theirs.fileno()), POST_MORTEM_VARIABLE: str(post_mortem)}
+                    if action.yields:
+                        environment[PACED_VARIABLE] = str(_yielding_seconds(pins))
                     more_fds = (post_mortem, mailbox_fd)
                     command = self._own_command(action, pins, environment, listeners, theirs.fileno(), more_fds)
                 pid, pidfd = spawn(command)
@@ -421,6 +422,10 @@ class Crew:
         self._counters.give_back(process.boot.counters_row)
         del self._processes[process.worker]
         self._on_event(WorkerExited(process.worker, how, post_mortem))
+
+
+def _yielding_seconds(pins: Pins) -> float:
+    return pins.settings.boot_timeout_seconds * SHARE_OF_BOOT_TIMEOUT
 
 
 def _place_of_logs() -> str:

@@ -57,6 +57,7 @@ from handoff.master.processes import reap_strangers
 from handoff.master.signals import SignalSocket
 from handoff.master.slots import SlotDesk
 from handoff.master.status import StatusDesk
+from handoff.pacing import end_pacing
 from handoff.pid_file import PidFile
 from handoff.settings import Launch
 from handoff.status_file import StatusFile
@@ -87,6 +88,7 @@ def serve(
     The caller holds the lock of the service. Raises HandoffError when it cannot even begin: everything is bound
     before any worker is started, and nothing is left behind.
     """
+    end_pacing()
     with ExitStack() as stack:
         listeners = ListenerSet()
         stack.callback(listeners.close_all)

@@ -15,6 +15,8 @@ from handoff.core.messages import Failed
 
 CHANNEL_VARIABLE = "HANDOFF_CHANNEL"
 POST_MORTEM_VARIABLE = "HANDOFF_POST_MORTEM"
+PACED_VARIABLE = "HANDOFF_PACED"
+"""For so many seconds, at most, a boot pauses where others want its processor (handoff/pacing.py)."""
 _EXEC_FAILED = 127
 
 

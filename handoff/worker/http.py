@@ -24,6 +24,7 @@ from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Prog
 from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketState
 from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
+from handoff.pacing import end_pacing
 from handoff.settings import Settings
 from handoff.worker.accepting import Server
 from handoff.worker.acceptors import Acceptors
@@ -134,6 +135,7 @@ class HTTPService:
             )
         self._state.total_requests = 0
         end_boot()
+        end_pacing()
         self._link.send(Ready(interface=self._interface, adopts=self._adopts))
 
     async def _start_lifespan(self) -> None:

@@ -23,6 +23,7 @@ from handoff.core.messages import Boot, Opened, Ready, Receivers
 from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
 from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, HEARTBEAT, MOVED, REFUSED, WorkerCounters
 from handoff.mailbox import Unreadable, receive_letter
+from handoff.pacing import end_pacing
 from handoff.rights import has_headroom
 from handoff.worker.accepting import Server
 from handoff.worker.acceptors import Acceptors, fd_of
@@ -101,6 +102,7 @@ class _Identity:
         self._is_ready = True
         unserved = self._claims.close_unclaimed()
         end_boot()
+        end_pacing()
         self._link.send(Ready(interface="handoff", unserved=unserved, adopts=(RAW,) if adopts else ()))
 
     def _leave(self, number: int) -> None:

@@ -114,6 +114,30 @@ def test_workers_that_boot_for_a_reload_leave_the_processor_to_those_that_serve(
         assert live_version(service) == f"{booting} {{{ours}}}".encode()
 
 
+PACED = """
+import sys
+
+def pauses():
+    return any(type(finder).__name__ == "Pacer" for finder in sys.meta_path)
+
+WHILE_BOOTING = pauses()
+
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": f"{WHILE_BOOTING} {pauses()}".encode()})
+"""
+
+
+def test_only_a_boot_that_others_serve_beside_pauses_between_its_imports(directory: Path) -> None:
+    (directory / "main.py").write_text(PACED)
+    with Service(directory) as service:
+        assert live_version(service) == b"False False"
+        assert service.reload().returncode == 0
+        service.wait_for_generations(2)
+        assert live_version(service) == b"True False"
+
+
 COLLECTOR = """
 import gc
 
@@ -342,5 +366,5 @@ def test_a_label_and_the_generation_reach_status_workers_log_and_clients(directo
         assert labels(service) == {2: "v2"}
         _, headers, body = service.get("/environment")
         assert headers["handoff-generation"] == "2"
-        assert json.loads(body)["HANDOFF_LABEL"] == "v2"
+        assert json.loads(body) == environment | {"HANDOFF_LABEL": "v2", "HANDOFF_GENERATION": "2"}
         service.stdout.wait_for("/environment.*generation=2 label=v2")
