@@ -67,6 +67,7 @@ REAP_AGAIN_SECONDS = 0.2
 """After an exit that a debugger has not let go of."""
 _PASSING = (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE)
 """Errors of a send that may succeed later."""
+_START = "from handoff.worker.start import start; start()"
 MESSAGES_PER_TURN = 64
 """A worker that talks without end must not keep the others waiting."""
 
@@ -254,7 +255,7 @@ class Crew:
         return Command(
             pins.python,
             # -P: what lies in the working directory must not stand in for a module of ours.
-            [pins.python, "-P", "-m", "handoff.worker", title],
+            [pins.python, "-P", "-c", _START, title],
             pins.directory,
             environment,
             channel_fd,

@@ -29,7 +29,7 @@ _FAILED_STATUS = 1
 
 
 def main() -> None:
-    """Called by `python -m handoff.worker`. Ends the process."""
+    """Called by `handoff.worker.start`. Ends the process."""
     channel_fd = os.environ.pop("HANDOFF_CHANNEL", None)
     post_mortem_fd = os.environ.pop("HANDOFF_POST_MORTEM", None)
     if channel_fd is None or post_mortem_fd is None:
