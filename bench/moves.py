@@ -1,8 +1,8 @@
 """Live connections in a reload: how fast idle ones move, and what wrk with kept-alive ones sees.
 
 `python -m bench.moves` (needs wrk and ss): some thousand idle connections move in a reload: the time until all are
-adopted, until the old workers are gone, how many still answer, and the longest answer that a busy client saw beside its
-longest in steady load. Then reloads under wrk: its errors, and whether each connection is still the one that it opened.
+adopted, until the old workers are gone, how many still answer, the longest answer that a busy client saw beside its
+longest in steady load, and the longest time that the loop of any worker stood still, from its start to its end. Then reloads under wrk: its errors, and whether each connection is still the one that it opened.
 """
 
 from __future__ import annotations
@@ -97,13 +97,14 @@ def _exchange(connection: socket.socket) -> None:
         raise RuntimeError(f"not what was asked for: {data!r}")
 
 
-def idle(connections: int, loop: str) -> dict[str, float]:
+def idle(connections: int, loop: str, workers: int) -> dict[str, float]:
     """One reload with so many idle connections. Times in milliseconds."""
 
     class Server(Handoff):
+        app = "bench.apps.ticking:app"
         options = ("--loop", loop, "--probation", "100ms")
 
-    with Server(2) as server:
+    with Server(workers) as server:
         clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(connections)]
         for client in clients:
             _exchange(client)
@@ -123,11 +124,14 @@ def idle(connections: int, loop: str) -> dict[str, float]:
         for client in clients:
             _exchange(client)
             client.close()
+        server.ask("stop")
+        stalls = [float(line.split()[1]) for line in (server.directory / "stalls").read_text().splitlines()]
     return {
         "adopted_ms": 1000 * (adopted - committed),
         "old_gone_ms": 1000 * (gone - committed),
         "longest_answer_ms": probe.longest_ms(committed - 0.05, gone),
         "steady_longest_answer_ms": probe.longest_ms(began - _STEADY_SECONDS, began),
+        "longest_stall_ms": max(stalls),
     }
 
 
@@ -184,25 +188,27 @@ def _client_ports(port: int) -> set[str]:
 @click.command()
 @click.option("--connections", default=5000, show_default=True, help="Idle ones.")
 @click.option("--rounds", default=5, show_default=True, help="Reloads with idle connections, each on a new server.")
+@click.option("--workers", default=2, show_default=True, help="With idle connections.")
 @click.option("--loop", default="uvloop", show_default=True)
 @click.option("--reloads", default=100, show_default=True, help="Under wrk.")
 @click.option("--clients", default=64, show_default=True, help="Of wrk.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench/out"), show_default=True)
-def main(connections: int, rounds: int, loop: str, reloads: int, clients: int, out: Path) -> None:
+def main(connections: int, rounds: int, workers: int, loop: str, reloads: int, clients: int, out: Path) -> None:
     """Measure moves."""
     end_on_term()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    heading = f"{machine.describe()}; 2 workers, {loop}"
+    heading = f"{machine.describe()}; {workers} workers, {loop}"
     click.echo(heading)
     found: dict[str, Any] = {"heading": heading, "connections": connections, "idle": [], "wrk": None}
     for _ in range(rounds):
-        figures = idle(connections, loop)
+        figures = idle(connections, loop, workers)
         found["idle"].append(figures)
         click.echo(
             f"{connections} idle connections, all answer: adopted after {figures['adopted_ms']:.0f} ms, "
             f"old workers gone {figures['old_gone_ms']:.0f} ms after the commit, longest answer meanwhile "
-            f"{figures['longest_answer_ms']:.1f} ms (steady: {figures['steady_longest_answer_ms']:.1f} ms)"
+            f"{figures['longest_answer_ms']:.1f} ms (steady: {figures['steady_longest_answer_ms']:.1f} ms), longest stall of a loop "
+            f"{figures['longest_stall_ms']:.1f} ms"
         )
     if reloads:
         found["wrk"] = seen = under_wrk(reloads, clients)

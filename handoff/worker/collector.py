@@ -15,6 +15,10 @@ BOOT_THRESHOLD = 50_000
 """The same, while the application boots; CPython's own is 700 to 2000."""
 SERVING_THRESHOLD = 5_000
 """The same, while it serves."""
+SERVING_GENERATIONS = 3, 33
+"""So many young collections until the middle generation is looked through, and so many of those until all is: with
+CPython's own 10 and 10 a worker that takes thousands of connections over once looks through 50,000 objects in one go,
+which takes 11 ms. All is looked through as seldom as with those."""
 _PLAIN = gc.get_threshold()
 
 
@@ -34,7 +38,7 @@ def begin_application() -> None:
 def end_boot() -> None:
     """Everything that serves is there. A threshold that the application has set itself stays, and `gc.disable()`."""
     if gc.get_threshold()[0] == BOOT_THRESHOLD:
-        gc.set_threshold(SERVING_THRESHOLD, *_PLAIN[1:])
+        gc.set_threshold(SERVING_THRESHOLD, *SERVING_GENERATIONS)
     if gc.isenabled():
         gc.collect()  # what is garbage already would be kept, with its open files
     gc.freeze()
