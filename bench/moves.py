@@ -2,7 +2,8 @@
 
 `python -m bench.moves` (needs wrk and ss): some thousand idle connections move in a reload: the time until all are
 adopted, until the old workers are gone, how many still answer, the longest answer that a busy client saw beside its
-longest in steady load, and the longest time that the loop of any worker stood still, from its start to its end. Then reloads under wrk: its errors, and whether each connection is still the one that it opened.
+longest in steady load, and the longest time that the loop of any worker stood still, from its start to its end. Then
+reloads under wrk: its errors, and whether each connection is still the one that it opened.
 """
 
 from __future__ import annotations
@@ -207,8 +208,8 @@ def main(connections: int, rounds: int, workers: int, loop: str, reloads: int, c
         click.echo(
             f"{connections} idle connections, all answer: adopted after {figures['adopted_ms']:.0f} ms, "
             f"old workers gone {figures['old_gone_ms']:.0f} ms after the commit, longest answer meanwhile "
-            f"{figures['longest_answer_ms']:.1f} ms (steady: {figures['steady_longest_answer_ms']:.1f} ms), longest stall of a loop "
-            f"{figures['longest_stall_ms']:.1f} ms"
+            f"{figures['longest_answer_ms']:.1f} ms (steady: {figures['steady_longest_answer_ms']:.1f} ms), "
+            f"longest stall of a loop {figures['longest_stall_ms']:.1f} ms"
         )
     if reloads:
         found["wrk"] = seen = under_wrk(reloads, clients)

@@ -6,6 +6,7 @@ because the machine's speed drifts. CPU seconds for each request are less noisy 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import statistics
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import psutil
 
 from bench import machine
 from bench.servers import GunicornThreads, Handoff, HandoffWSGI, Server, Uvicorn, end_on_term
@@ -30,6 +32,8 @@ class FlaskOnGunicorn(GunicornThreads):
 class Round(NamedTuple):
     rate: float
     cpu_microseconds: float
+    connections: tuple[int, ...]
+    """Of each process that had some, most first, shortly before the end."""
 
 
 @click.command()
@@ -65,12 +69,34 @@ def _run(server: Server, seconds: int, clients: int, new_connections: bool) -> R
     command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", f"http://127.0.0.1:{server.port}/"]
     if new_connections:
         command[1:1] = ["-H", "Connection: close"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(seconds * 0.8)
+        connections = _connections(server)
+        output, _ = running.communicate(timeout=seconds + 30)
     if "Socket errors" in output or "Non-2xx" in output:
         raise RuntimeError(f"{server.name}: wrk saw errors, so its rate means nothing:\n{output}")
     requests = int(_number(r"(\d+) requests in", output))
     cpu = server.cpu_seconds() - before
-    return Round(_number(r"Requests/sec:\s+([\d.]+)", output), cpu / requests * 1e6)
+    return Round(_number(r"Requests/sec:\s+([\d.]+)", output), cpu / requests * 1e6, connections)
+
+
+def _connections(server: Server) -> tuple[int, ...]:
+    """Where the clients are: on few processors a server with an idle worker leaves its share of them to the load."""
+    assert server.process is not None
+    master = psutil.Process(server.process.pid)
+    counts: list[int] = []
+    for process in (master, *master.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ours = [one for one in process.net_connections("tcp") if one.status == psutil.CONN_ESTABLISHED]
+            counts.append(sum(one.laddr.port == server.port for one in ours))
+    return tuple(sorted(filter(None, counts), reverse=True))
+
+
+def _places(rounds: list[Round]) -> str:
+    """How the clients were spread over the workers, round by round."""
+    spread = ["+".join(map(str, one.connections)) for one in rounds]
+    return "" if all(len(one.connections) < 2 for one in rounds) else f"   clients {' '.join(spread)}"
 
 
 def _number(pattern: str, text: str) -> float:
@@ -86,7 +112,7 @@ def _report(
     for kind, rounds in ((first, [one for one, _ in found]), (second, [other for _, other in found])):
         rate = statistics.median(one.rate for one in rounds)
         cpu = statistics.median(one.cpu_microseconds for one in rounds)
-        click.echo(f"  {kind.name:<26} {rate:>9.0f} requests/s   {cpu:6.1f} µs CPU each (medians)")
+        click.echo(f"  {kind.name:<26} {rate:>9.0f} requests/s   {cpu:6.1f} µs CPU each (medians){_places(rounds)}")
     rates = [one.rate / other.rate for one, other in found]
     cpus = [one.cpu_microseconds / other.cpu_microseconds for one, other in found]
     click.echo(
