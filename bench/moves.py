@@ -12,6 +12,7 @@ import json
 import re
 import resource
 import socket
+import statistics
 import subprocess
 import threading
 import time
@@ -26,7 +27,9 @@ from bench.servers import Handoff, end_on_term
 _REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 _STEADY_SECONDS = 1.0
 _PAUSE_SECONDS = 0.004
-_STEADY_RUN_SECONDS = 10
+_STEADY_RUN_SECONDS = 5
+_ROUNDS = 10
+"""Of reloads under wrk: so many pairs of percentiles."""
 _POLL_SECONDS = 0.01
 
 
@@ -137,29 +140,47 @@ def idle(connections: int, loop: str, workers: int) -> dict[str, float]:
 
 
 def under_wrk(reloads: int, clients: int) -> dict[str, Any]:
-    """Reloads under wrk with kept-alive connections: what it says, and the connections that are still the same."""
+    """Reloads under wrk with kept-alive connections: what it says, and the connections that are still the same.
+
+    In rounds, each with a steady load just before: the machine's speed drifts.
+    """
     with Handoff(2) as server:
-        steady, _ = _wrk(server.port, clients, _STEADY_RUN_SECONDS).communicate(timeout=60)
-        wrk = _wrk(server.port, clients, 3600)
-        try:
-            time.sleep(_STEADY_SECONDS)
-            before = _client_ports(server.port)
-            for number in range(reloads):
-                server.ask("reload")
-                Watch(server).first(lambda status, live=number + 2: status["live"] == live and _is_alone(status))
-            after = _client_ports(server.port)
-            moves = Watch(server).status()["moves"]
-        finally:
-            wrk.send_signal(2)
-            output, _ = wrk.communicate(timeout=60)
-    errors = [line.strip() for line in output.splitlines() if "Socket errors" in line or "Non-2xx" in line]
-    rate = next(line.split()[1] for line in output.splitlines() if line.startswith("Requests/sec"))
+        _wrk(server.port, clients, 1).communicate(timeout=60)  # warm up
+        rounds = [_round(server, count, clients) for count in _parts(reloads)]
+        moves = Watch(server).status()["moves"]
     return {
-        "errors": errors,
-        "same": len(before & after),
-        "opened": len(before),
+        "errors": [error for one in rounds for error in one["errors"]],
+        "same": min(one["same"] for one in rounds),
+        "opened": clients,
         "moves": moves,
-        "rate": rate,
+        "rate": statistics.median(one["rate"] for one in rounds),
+        "p99_ms": [one["p99_ms"] for one in rounds],
+        "steady_p99_ms": [one["steady_p99_ms"] for one in rounds],
+    }
+
+
+def _parts(reloads: int) -> list[int]:
+    return [len(range(first, reloads, _ROUNDS)) for first in range(min(_ROUNDS, reloads))]
+
+
+def _round(server: Handoff, reloads: int, clients: int) -> dict[str, Any]:
+    steady, _ = _wrk(server.port, clients, _STEADY_RUN_SECONDS).communicate(timeout=60)
+    wrk = _wrk(server.port, clients, 3600)
+    try:
+        time.sleep(_STEADY_SECONDS)
+        before = _client_ports(server.port)
+        for _ in range(reloads):
+            live = Watch(server).status()["live"]
+            server.ask("reload")
+            Watch(server).first(lambda status, live=live: status["live"] == live + 1 and _is_alone(status))
+        after = _client_ports(server.port)
+    finally:
+        wrk.send_signal(2)
+        output, _ = wrk.communicate(timeout=60)
+    return {
+        "errors": [line.strip() for line in output.splitlines() if "Socket errors" in line or "Non-2xx" in line],
+        "same": len(before & after),
+        "rate": float(next(line.split()[1] for line in output.splitlines() if line.startswith("Requests/sec"))),
         "p99_ms": _p99_ms(output),
         "steady_p99_ms": _p99_ms(steady),
     }
@@ -214,10 +235,13 @@ def main(connections: int, rounds: int, workers: int, loop: str, reloads: int, c
     if reloads:
         found["wrk"] = seen = under_wrk(reloads, clients)
         errors = "; ".join(seen["errors"]) or "no errors"
+        steady, slow = seen["steady_p99_ms"], seen["p99_ms"]
+        ratios = [one / other for one, other in zip(slow, steady, strict=True)]
         click.echo(
             f"{reloads} reloads under wrk with {clients} connections: {errors}; {seen['same']} of {seen['opened']} "
-            f"connections are the same; {seen['moves']['moved']} moves; {seen['rate']} requests/s; "
-            f"p99 {seen['p99_ms']:.1f} ms (steady: {seen['steady_p99_ms']:.1f} ms)"
+            f"connections are the same; {seen['moves']['moved']} moves; {seen['rate']:.0f} requests/s; "
+            f"p99 {statistics.median(slow):.1f} ms (steady: {statistics.median(steady):.1f} ms), "
+            f"× {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / "moves.json").write_text(json.dumps(found, indent=1))
