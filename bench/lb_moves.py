@@ -21,7 +21,7 @@ import click
 
 from bench import machine
 from bench.balancers import HandoffBalancer
-from bench.moves import _client_ports, _p99_ms, _wrk
+from bench.moves import beside_steady
 from bench.peer import Peer
 from bench.servers import end_on_term
 from tests.system.harness import Clients
@@ -100,24 +100,7 @@ def streams(echoes: int, replacements: int) -> dict[str, Any]:
 
 def under_wrk(backend: int, replacements: int, clients: int) -> dict[str, Any]:
     with Watched(backend) as server:
-        steady, _ = _wrk(server.port, clients, 10).communicate(timeout=60)
-        wrk = _wrk(server.port, clients, 3600)
-        try:
-            time.sleep(_STEADY_SECONDS)
-            before = _client_ports(server.port)
-            for _ in range(replacements):
-                server.replace()
-            after = _client_ports(server.port)
-        finally:
-            wrk.send_signal(2)
-            output, _ = wrk.communicate(timeout=60)
-    return {
-        "errors": [line.strip() for line in output.splitlines() if "Socket errors" in line or "Non-2xx" in line],
-        "same": len(before & after),
-        "opened": len(before),
-        "p99_ms": _p99_ms(output),
-        "steady_p99_ms": _p99_ms(steady),
-    }
+        return beside_steady(server.port, clients, 10, replacements, server.replace)
 
 
 @click.command()

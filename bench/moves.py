@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,22 +165,33 @@ def _parts(reloads: int) -> list[int]:
 
 
 def _round(server: Handoff, reloads: int, clients: int) -> dict[str, Any]:
-    steady, _ = _wrk(server.port, clients, _STEADY_RUN_SECONDS).communicate(timeout=60)
-    wrk = _wrk(server.port, clients, 3600)
+    def reload() -> None:
+        live = Watch(server).status()["live"]
+        server.ask("reload")
+        Watch(server).first(lambda status: status["live"] == live + 1 and _is_alone(status))
+
+    return beside_steady(server.port, clients, _STEADY_RUN_SECONDS, reloads, reload)
+
+
+def beside_steady(
+    port: int, clients: int, steady_seconds: int, count: int, replace: Callable[[], object]
+) -> dict[str, Any]:
+    """wrk without and with so many replacements: errors, percentiles, and the connections that are still the same."""
+    steady, _ = _wrk(port, clients, steady_seconds).communicate(timeout=60)
+    wrk = _wrk(port, clients, 3600)
     try:
         time.sleep(_STEADY_SECONDS)
-        before = _client_ports(server.port)
-        for _ in range(reloads):
-            live = Watch(server).status()["live"]
-            server.ask("reload")
-            Watch(server).first(lambda status, live=live: status["live"] == live + 1 and _is_alone(status))
-        after = _client_ports(server.port)
+        before = _client_ports(port)
+        for _ in range(count):
+            replace()
+        after = _client_ports(port)
     finally:
         wrk.send_signal(2)
         output, _ = wrk.communicate(timeout=60)
     return {
         "errors": [line.strip() for line in output.splitlines() if "Socket errors" in line or "Non-2xx" in line],
         "same": len(before & after),
+        "opened": len(before),
         "rate": float(next(line.split()[1] for line in output.splitlines() if line.startswith("Requests/sec"))),
         "p99_ms": _p99_ms(output),
         "steady_p99_ms": _p99_ms(steady),
