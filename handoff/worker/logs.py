@@ -17,6 +17,22 @@ BAD_CONFIGURATION = (ValueError, TypeError, LookupError, RuntimeError, OSError, 
 """What uvicorn and logging.config raise for a configuration that they cannot take."""
 
 
+def _stamp(record: logging.LogRecord) -> str:
+    """As the master writes it."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
+    return f"{stamp}.{int(record.msecs):03d}"
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, logger, message, as the lines of the master; whose it is comes last."""
+
+    def __init__(self, suffix: str) -> None:
+        super().__init__(f"%(message)s{suffix}")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{_stamp(record)} {record.levelname.lower():<7} {record.name} {super().format(record)}"
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line. Access lines of uvicorn are taken apart into fields."""
 
@@ -25,9 +41,8 @@ class JsonFormatter(logging.Formatter):
         self._constant = {"generation": generation, "label": label}
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created))
         fields: dict[str, Any] = {
-            "time": f"{stamp}.{int(record.msecs):03d}",
+            "time": _stamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             **self._constant,
@@ -93,5 +108,5 @@ def configure_program(boot: Boot) -> None:
     if boot.settings.log_format == "json":
         handler.setFormatter(JsonFormatter(boot.generation, boot.label))
     else:
-        handler.setFormatter(logging.Formatter(f"%(levelname)s: %(message)s{_suffix(boot)}"))
+        handler.setFormatter(TextFormatter(_suffix(boot)))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

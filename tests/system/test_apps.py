@@ -503,6 +503,14 @@ def test_the_log_of_a_program_that_serves_by_itself_is_json_too(directory: Path)
     assert (line["level"], line["logger"], line["generation"]) == ("warning", "mine", 1)
 
 
+def test_lines_of_a_program_have_the_form_of_the_masters(directory: Path) -> None:
+    write(directory, PROGRAM)
+    with Service(directory, app="main:main") as service:
+        service.stderr.wait_for("a line of the program")
+    line = next(line for line in service.stderr.text.splitlines() if "a line of the program" in line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} warning mine a line of the program generation=1", line)
+
+
 LOG_CONFIG = {
     "version": 1,
     "disable_existing_loggers": False,
