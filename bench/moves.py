@@ -8,6 +8,7 @@ reloads under wrk: its errors, and whether each connection is still the one that
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import resource
@@ -119,11 +120,12 @@ def idle(connections: int, loop: str, workers: int) -> dict[str, float]:
         began = time.monotonic()
         before = watch.status()["moves"]["adopted"]
         reloading.start()
-        committed = watch.first(lambda status: status["live"] == 2)
+        watch.first(lambda status: status["live"] == 2)
         adopted = watch.first(
             lambda status: status["moves"]["adopted"] - before >= connections, not_before=connections / 50_000
         )
-        gone = watch.first(lambda status: len(status["generations"]) == 1)
+        watch.first(_is_alone)
+        committed, gone = _logged(server, "generation=2", "to=live"), _logged(server, "generation=1", "to=gone")
         reloading.join()
         probe.stop()
         for client in clients:
@@ -138,6 +140,14 @@ def idle(connections: int, loop: str, workers: int) -> dict[str, float]:
         "steady_longest_answer_ms": probe.longest_ms(began - _STEADY_SECONDS, began),
         "longest_stall_ms": max(stalls),
     }
+
+
+def _logged(server: Handoff, *words: str) -> float:
+    """When the master logged that, to the millisecond, on the monotonic clock."""
+    lines = (server.directory / "log").read_text().splitlines()
+    line = next(line for line in lines if all(word in line.split() for word in words))
+    at = datetime.datetime.fromisoformat(line.split()[0]).timestamp()
+    return at - (time.time() - time.monotonic())
 
 
 def under_wrk(reloads: int, clients: int) -> dict[str, Any]:
