@@ -54,7 +54,7 @@ from handoff.master.loop import Loop, Order
 from handoff.master.mailboxes import Mailboxes
 from handoff.master.parent import Parent
 from handoff.master.processes import reap_strangers
-from handoff.master.signals import SignalSocket
+from handoff.master.signals import UNUSED, SignalSocket
 from handoff.master.slots import SlotDesk
 from handoff.master.status import StatusDesk
 from handoff.pacing import end_pacing
@@ -296,6 +296,9 @@ class Master:
             if number is signal.SIGCHLD:
                 if os.getpid() == 1:
                     reap_strangers(self._crew.pids() | self._companions.crew.pids() | self._describing.pids())
+                continue
+            if number in UNUSED:
+                self._log.warning("signal: means nothing here; reload with SIGHUP, end with SIGTERM", signal=number.name)
                 continue
             self._log.info("signal", signal=number.name)
             self._events.append(_SIGNAL_EVENTS[number])

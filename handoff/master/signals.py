@@ -19,6 +19,8 @@ HANDLED = (
     signal.SIGTTIN,
     signal.SIGTTOU,
 )
+UNUSED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+"""They mean something to other servers, and would end us, with nothing put away."""
 
 
 def undo_inherited() -> None:
@@ -38,7 +40,7 @@ class SignalSocket:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._came: list[signal.Signals] = []
         # As PID 1 we collect strangers, too; every other child has a pidfd.
-        handled = (*HANDLED, signal.SIGCHLD) if os.getpid() == 1 else HANDLED
+        handled = (*HANDLED, *UNUSED, *((signal.SIGCHLD,) if os.getpid() == 1 else ()))
         self._before = {number: signal.signal(number, self._remember) for number in handled}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:

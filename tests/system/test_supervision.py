@@ -110,6 +110,16 @@ def test_a_crash_loop_opens_the_breaker_and_a_reload_with_a_fix_closes_it(direct
         assert service.status()["generations"][0]["crash_loop_slots"] == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM])
+def test_a_signal_that_means_something_to_other_servers_is_logged_and_ends_nothing(
+    directory: Path, number: signal.Signals
+) -> None:
+    with Service(directory) as service:
+        service.signal(number)
+        service.stderr.wait_for(f"means nothing here.*signal={number.name}")
+        assert service.get()[2] == b"1"
+
+
 def test_scaling_by_command_and_by_signal_loses_nothing(directory: Path) -> None:
     with Service(directory, "-w", "2") as service, Clients(service.get, 3) as clients:
 
