@@ -114,6 +114,8 @@ class Preparer:
         pins = resolve(self._launch)
         if self._first_settings is None:
             self._first_settings = pins.settings
+            typed = {key: value for key, value in self._launch.overrides.items() if key != "label"}  # of the first one
+            self._launch = msgspec.structs.replace(self._launch, overrides=typed)
         options = load_service_options(self._launch, pins.directory)
         changes = service_changes(self._first_settings, self._options, pins.settings, options, self._source)
         if changes:

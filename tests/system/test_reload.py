@@ -368,3 +368,6 @@ def test_a_label_and_the_generation_reach_status_workers_log_and_clients(directo
         assert headers["handoff-generation"] == "2"
         assert json.loads(body) == environment | {"HANDOFF_LABEL": "v2", "HANDOFF_GENERATION": "2"}
         service.stdout.wait_for("/environment.*generation=2 label=v2")
+        assert service.reload().returncode == 0  # without a label: the first version's is not this one's
+        service.wait_for_generations(3)
+        assert labels(service) == {3: ""}
