@@ -232,7 +232,8 @@ def _checked_override(field: str, value: Any) -> Any:
     try:
         option.check(value)
     except ValueError as error:
-        raise UsageError(f"--{option.key.replace('_', '-')} {_typed(field, value)}: {error}") from None
+        subject = "application" if field == "app" else f"--{option.key.replace('_', '-')}"
+        raise UsageError(f"{subject} {_typed(field, value)}: {error}") from None
     return value
 
 
@@ -265,4 +266,4 @@ def _typed(field: str, value: Any) -> str:
         return format_duration(value)
     if isinstance(value, tuple):
         return one_line(", ".join(item if isinstance(item, str) else ":".join(item) for item in value))
-    return one_line(str(value))
+    return one_line(str(value)) if value != "" else "''"

@@ -314,7 +314,7 @@ _NAME_EXPECTED = f"up to {MAX_NAME_LENGTH} letters, digits and . _ -, the first 
 OPTIONS = {
     option.key: option
     for option in (
-        _matching("app", _is_app, "module:attribute"),
+        _matching("app", _is_app, "module:attribute, for example main:app"),
         _named("command", _read_command, _check_command),
         _choice("dialect", "auto", "systemd", "server-starter", "einhorn"),
         _duration("ready_after", is_zero_good=True),
@@ -341,7 +341,7 @@ OPTIONS = {
         _number("max_generations", 2, 100),
         _duration("keep_alive", is_zero_good=True),
         _duration("request_timeout", is_zero_good=False),
-        _number("limit_concurrency", 1, 1_000_000),
+        _number("limit_concurrency", 2, 1_000_000),
         _named("forwarded_allow_ips", _read_forwarded, _matches(str.isprintable, "printable text")),
         _choice("proxy_protocol", "off", "accept", "require"),
         _named("proxy_from", _texts(f"{_A_NETWORK}, or a list of them"), _check_proxy_from),
@@ -386,29 +386,32 @@ ONLY_ON_COMMAND_LINE = {
     "python": "use --python",
 }
 
+_KEYS_FOR = {
+    "app": "app",
+    "host": "bind",
+    "port": "bind",
+    "uds": "bind",
+    "fd": "bind",
+    "backlog": "backlog",
+    "workers": "workers",
+    "loop": "loop",
+    "log_config": "log_config",
+    "access_log": "access_log",
+    "headers": "header",
+    "root_path": "root_path",
+    "factory": "factory",
+    "interface": "interface",
+    "limit_concurrency": "limit_concurrency",
+    "timeout_keep_alive": "keep_alive",
+    "timeout_graceful_shutdown": "drain_timeout",
+    "env_file": "env_file",
+    "forwarded_allow_ips": "forwarded_allow_ips",
+}
+"""What handoff has a key of its own for, by uvicorn's names."""
 _HANDOFF_SETS_IT = "handoff sets it, leave it out"
 _OWNED_BY_HANDOFF = {
-    "app": "use app",
     "app_dir": "use --chdir",
-    "host": "use bind",
-    "port": "use bind",
-    "uds": "use bind",
-    "fd": "use bind",
-    "backlog": "use backlog",
-    "workers": "use workers",
     "reload": "use handoff reload",
-    "loop": "use loop",
     "http": _HANDOFF_SETS_IT,
     "ws": _HANDOFF_SETS_IT,
-    "log_config": "use log_config",
-    "access_log": "use access_log",
-    "headers": "use header",
-    "root_path": "use root_path",
-    "factory": "use factory",
-    "interface": "use interface",
-    "limit_concurrency": "use limit_concurrency",
-    "timeout_keep_alive": "use keep_alive",
-    "timeout_graceful_shutdown": "use drain_timeout",
-    "env_file": "use env_file",
-    "forwarded_allow_ips": "use forwarded_allow_ips",
-}
+} | {name: f"use the key {key} outside [uvicorn]" for name, key in _KEYS_FOR.items()}

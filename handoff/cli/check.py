@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from handoff.addresses import listener_names
 from handoff.cli.options import current_directory
+from handoff.config import load_service_options
 from handoff.description import describe
 from handoff.errors import ExitCode
 from handoff.inherited import effective_binds
 from handoff.resolve import make_launch, resolve, worker_variables
+from handoff.run_directory import RunDirectory
 
 
 @click.command()
@@ -34,12 +38,19 @@ def check(app: str | None, factory: bool | None, **paths: Any) -> int:
     if settings.command:
         click.echo(f"{pins.executable}: is there, and the configuration is good; a command cannot be tried further")
         return ExitCode.DONE
+    service = load_service_options(launch, pins.directory)
+    # It judges what it gets, and touches nothing.
+    RunDirectory(Path(service.run_dir or "/run/handoff"), settings.name, service.control_group)
     names = listener_names(effective_binds(settings.binds, [], pins.directory))
-    called = "factory" if settings.factory else "object"
-    command = [pins.python, "-P", "-m", "handoff.worker.check_import", settings.app, settings.interface, called, *names]
+    command = [pins.python, "-P", "-m", "handoff.worker.check_import", *names]
     environment = pins.environment | worker_variables(settings.name, 0, settings.label, 0)
     # In a group of its own, Ctrl-C reaches only us; nobody wants to see where the import was.
     done = subprocess.run(
-        command, cwd=pins.directory, env=environment, stdin=subprocess.DEVNULL, process_group=0, check=False
+        command,
+        cwd=pins.directory,
+        env=environment,
+        input=msgspec.json.encode(settings),
+        process_group=0,
+        check=False,
     )
     return ExitCode.DONE if done.returncode == 0 else ExitCode.FAILED

@@ -107,7 +107,7 @@ _COMMAND = "handoff.command"
 @click.option("--max-generations", type=int, help="Alive at once; the oldest is squeezed first. Default 3.")
 @click.option("--keep-alive", type=Duration(), help="For idle connections. Default 75s.")
 @click.option("--request-timeout", type=Duration(), help="For one request, start to end. Default none.")
-@click.option("--limit-concurrency", type=int, help="Beyond so many requests at once a worker answers 503.")
+@click.option("--limit-concurrency", type=int, help="With so many connections or requests a worker answers 503.")
 @click.option("--forwarded-allow-ips", metavar="LIST", help="Proxies whose X-Forwarded-* are believed.")
 @click.option(
     "--proxy-protocol",

@@ -298,7 +298,9 @@ class Master:
                     reap_strangers(self._crew.pids() | self._companions.crew.pids() | self._describing.pids())
                 continue
             if number in UNUSED:
-                self._log.warning("signal: means nothing here; reload with SIGHUP, end with SIGTERM", signal=number.name)
+                self._log.warning(
+                    "signal: means nothing here; reload with SIGHUP, end with SIGTERM", signal=number.name
+                )
                 continue
             self._log.info("signal", signal=number.name)
             self._events.append(_SIGNAL_EVENTS[number])

@@ -14,18 +14,19 @@ import uvloop
 from uvicorn.logging import DefaultFormatter  # noqa: F401  (handoff's and uvicorn's modules come before the app's)
 
 from handoff.channel import worker_end
-from handoff.core.messages import Boot, Failed
+from handoff.core.messages import Boot, Failed, Progress
 from handoff.counters import WorkerCounters
-from handoff.settings import Settings
 from handoff.worker.context import Claims, current
+from handoff.worker.fitting import check_fitting
 from handoff.worker.http import HTTPService
-from handoff.worker.library import ACCEPTS_BY_ITSELF, AsyncWorker, Worker
+from handoff.worker.library import AsyncWorker, Worker
 from handoff.worker.link import Link
 from handoff.worker.load import BootFailure, add_directory, failure_of, interface_of, is_async, load_application
 from handoff.worker.logs import configure_program
 from handoff.worker.wsgi import WSGIBridge
 
 _FAILED_STATUS = 1
+IN_MAIN = "in main(worker), which is to call worker.ready()"
 
 
 def main() -> None:
@@ -56,9 +57,8 @@ def _serve(boot: Boot, link: Link) -> None:
     add_directory(os.getcwd())
     application = load_application(settings.app, settings.factory)
     interface = interface_of(application) if settings.interface == "auto" else settings.interface
+    check_fitting(settings, application, interface)
     if interface == "handoff":
-        _refuse_check(boot)
-        _refuse_for_programs(settings)
         _run_main(application, boot, link, claims, counters)
         return
     if interface == "wsgi":
@@ -88,6 +88,7 @@ def _run_main(
     application: Callable[..., Any], boot: Boot, link: Link, claims: Claims, counters: WorkerCounters
 ) -> None:
     configure_program(boot)
+    link.send(Progress(step=IN_MAIN))
     if is_async(application):
 
         async def run() -> None:
@@ -95,8 +96,6 @@ def _run_main(
 
         _guard_until_open(link, lambda: _run(boot, run))
     else:
-        if boot.settings.listen_mode != "shared":
-            raise BootFailure(f"listen-mode {boot.settings.listen_mode}: {ACCEPTS_BY_ITSELF}; leave the option out")
         worker = Worker(boot, link, claims, counters)
         _guard_until_open(link, lambda: application(worker))
 
@@ -115,21 +114,3 @@ def _run(boot: Boot, main: Callable[[], Any]) -> None:
     factory = uvloop.new_event_loop if boot.settings.loop == "uvloop" else asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main())
-
-
-def _refuse_for_programs(settings: Settings) -> None:
-    """A program accepts by itself."""
-    asked = {
-        f"proxy-protocol {settings.proxy_protocol}": settings.proxy_protocol != "off",
-        "tls-cert": settings.tls_cert is not None,
-    }
-    for option, is_asked in asked.items():
-        if is_asked:
-            raise BootFailure(f"{option}: is for ASGI and WSGI applications; leave the option out")
-
-
-def _refuse_check(boot: Boot) -> None:
-    if boot.settings.check is not None or boot.settings.warm_up:
-        raise BootFailure(
-            "check, warm-up: an application with main(worker) checks itself before worker.ready(); remove the option"
-        )

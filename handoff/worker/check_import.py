@@ -1,6 +1,6 @@
-"""`python -P -m handoff.worker.check_import APP INTERFACE factory|object NAME…`: import it, say what it is.
+"""`python -P -m handoff.worker.check_import NAME…`: import an application, say what it is and whether its settings fit.
 
-The names are those of the listeners that it may take.
+They come on standard input, as JSON. The names are those of the listeners that it may take.
 """
 
 from __future__ import annotations
@@ -9,24 +9,29 @@ import os
 import socket
 import sys
 
+import msgspec
+
+from handoff.settings import Settings
 from handoff.worker.context import current
+from handoff.worker.fitting import check_fitting
 from handoff.worker.load import BootFailure, add_directory, interface_of, load_application
 
 
 def main(arguments: list[str]) -> int:
-    target, interface, called, *names = arguments
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     # Not the service's own addresses, which may be in use by it just now.
-    current.claims = {name: socket.create_server(("127.0.0.1", 0)) for name in names}
+    current.claims = {name: socket.create_server(("127.0.0.1", 0)) for name in arguments}
     add_directory(os.getcwd())
     try:
-        application = load_application(target, called == "factory")
-        found = interface_of(application) if interface == "auto" else interface
+        application = load_application(settings.app, settings.factory)
+        interface = interface_of(application) if settings.interface == "auto" else settings.interface
+        check_fitting(settings, application, interface)
     except BootFailure as failure:
         if failure.trace:
             sys.stderr.write(failure.trace + "\n")
         sys.stderr.write(f"handoff: error: {failure.reason}\n")
         return 1
-    sys.stdout.write(f"{target}: loads; interface {found}\n")
+    sys.stdout.write(f"{settings.app}: loads; interface {interface}\n")
     return 0
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
-import inspect
 import logging
 import signal
 import socket
@@ -26,7 +24,6 @@ from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketSt
 from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.pacing import end_pacing
-from handoff.settings import Settings
 from handoff.worker.accepting import Server
 from handoff.worker.acceptors import Acceptors
 from handoff.worker.adopter import Adopter, socket_of
@@ -413,7 +410,6 @@ def _ours(connection: object) -> HTTPProtocol | WebSocketProtocol:
 def uvicorn_config(application: Application, boot: Boot, interface: str) -> Config:
     """uvicorn's configuration, loaded. Raises BootFailure for settings that uvicorn does not take."""
     settings = boot.settings
-    _check_passed_through(settings)
     if takes_only_scope(application):
         application = ASGI2Middleware(application)  # type: ignore[arg-type]  # any callable with this form
     if settings.request_timeout_seconds is not None:
@@ -433,6 +429,7 @@ def uvicorn_config(application: Application, boot: Boot, interface: str) -> Conf
             forwarded_allow_ips=settings.forwarded_allow_ips,
             root_path=settings.root_path,
             limit_concurrency=settings.limit_concurrency,
+            workers=1,  # else it looks at WEB_CONCURRENCY by itself
             backlog=settings.backlog,
             timeout_keep_alive=cast("int", settings.keep_alive_seconds),
             headers=headers,
@@ -450,12 +447,3 @@ def _kinds(boot: Boot) -> tuple[str, ...]:
     if not can_move(boot.slot):
         return ()
     return (HTTP, WEBSOCKET) if boot.settings.websockets == "hand-over" else (HTTP,)
-
-
-def _check_passed_through(settings: Settings) -> None:
-    known = list(inspect.signature(Config.__init__).parameters)
-    for key in settings.uvicorn:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise BootFailure(f"[uvicorn]: uvicorn has no setting {key}{hint}")

@@ -95,8 +95,10 @@ def interface_of(application: Callable[..., Any]) -> KnownInterface:
     if is_async(application):
         return "asgi"
     if not parameters:
-        raise BootFailure(f"application {_kind(application)}: takes nothing; is it a factory? write it with () behind")
-    raise BootFailure(f"application {_kind(application)}: cannot tell ASGI from WSGI; say --interface asgi or wsgi")
+        raise BootFailure(
+            f"application {_origin(application)}: takes nothing; is it a factory? write it with () behind"
+        )
+    raise BootFailure(f"application {_origin(application)}: cannot tell ASGI from WSGI; say --interface asgi or wsgi")
 
 
 def is_async(application: Callable[..., Any]) -> bool:
@@ -153,6 +155,12 @@ def _kind(value: object) -> str:
         return f"module {value.__name__}"
     name = getattr(value, "__qualname__", None)
     return name if isinstance(name, str) else f"a {type(value).__name__}"
+
+
+def _origin(value: object) -> str:
+    """Where it stands, for what has a name."""
+    module = getattr(value, "__module__", None)
+    return f"{module}:{value.__qualname__}" if module and hasattr(value, "__qualname__") else _kind(value)
 
 
 def _describe(error: BaseException) -> str:

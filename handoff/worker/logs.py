@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from typing import Any
 
@@ -64,11 +63,9 @@ def _suffix(boot: Boot) -> str:
 
 
 def log_config(boot: Boot) -> dict[str, Any] | str:
-    """What uvicorn's Config takes as `log_config`: the operator's own file, or ours. Raises BootFailure."""
+    """What uvicorn's Config takes as `log_config`: the operator's own file, or ours."""
     file = boot.settings.log_config
     if file is not None:
-        if not os.path.isfile(file):  # logging.config says KeyError: 'formatters'
-            raise BootFailure(f"log configuration {file}: is not a file; create it or give another with --log-config")
         return file
     suffix = _suffix(boot)
     if boot.settings.log_format == "json":

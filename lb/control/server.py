@@ -85,6 +85,7 @@ class AdminServer:
             server_header=False,
             ws="none",
             limit_concurrency=MAXIMUM_CONNECTIONS,
+            workers=1,  # else it looks at WEB_CONCURRENCY by itself
             timeout_keep_alive=30,
         )
         config.load()

@@ -412,11 +412,14 @@ def test_the_environment_file_is_read_at_each_reload(directory: Path) -> None:
         assert seen(service)["environment"] == {"GREETING": "three", "HANDOFF_SLOT": "0"}
 
 
-@pytest.mark.parametrize(("arguments", "workers"), [((), 3), (("--workers", "1"), 1)])
+@pytest.mark.parametrize(
+    ("value", "arguments", "workers"),
+    [("3", (), 3), ("3", ("--workers", "1"), 1), ("", (), 1), ("many", ("--workers", "1"), 1)],
+)
 def test_web_concurrency_is_the_number_of_workers_unless_it_is_given(
-    directory: Path, arguments: tuple[str, ...], workers: int
+    directory: Path, value: str, arguments: tuple[str, ...], workers: int
 ) -> None:
-    with Service(directory, *arguments, environment={"WEB_CONCURRENCY": "3"}) as service:
+    with Service(directory, *arguments, environment={"WEB_CONCURRENCY": value}) as service:
         assert [worker["slot"] for worker in service.workers()] == list(range(workers))
 
 

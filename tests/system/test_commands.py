@@ -132,6 +132,34 @@ def test_check_imports_and_serves_nothing(
     assert done.stderr.count("handoff: error: ") == (1 if exit_code else 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "config", "exit_code", "words"),
+    [
+        (
+            hello("1"),
+            "[uvicorn]\nserver_heade = false\n",
+            1,
+            "has no setting server_heade; did you mean server_header?",
+        ),
+        (hello("1"), '[uvicorn]\ndate_header = "maybe"\n', 1, "date_header = 'maybe': uvicorn takes another kind"),
+        (hello("1"), "[uvicorn]\nws_ping_interval = 20\n", 0, "interface asgi"),
+        (hello("1"), '[uvicorn]\nlifespan = "of"\n', 1, "lifespan = 'of': "),
+        (hello("1"), 'log_config = "none.json"\n', 1, "none.json: is not a file"),
+        (hello("1"), 'control_group = "nobody-has-it"\n', 2, "control group nobody-has-it: does not exist"),
+        ("def app(worker): ...", 'check = "/x"\n', 1, "checks itself before worker.ready()"),
+        ("def app(worker): ...", 'listen_mode = "reuseport"\n', 1, "listen-mode reuseport: "),
+    ],
+)
+def test_check_finds_what_a_reload_would_be_rolled_back_for(
+    directory: Path, text: str, config: str, exit_code: int, words: str
+) -> None:
+    (directory / "main.py").write_text(text)
+    (directory / "handoff.toml").write_text(config)
+    done = handoff(directory, "check", "main:app")
+    assert done.returncode == exit_code, done.stderr
+    assert words in (done.stderr if exit_code else done.stdout)
+
+
 def test_check_beside_the_running_service_takes_none_of_its_addresses(directory: Path) -> None:
     with Service(directory) as service:
         done = handoff(directory, "check", "main:app")

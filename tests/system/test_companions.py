@@ -156,7 +156,7 @@ def test_companions_come_and_go_with_the_configuration_and_serve_what_is_bound_f
         ("[companion.a]\n", "companion: a: a companion runs either an app or a command; give one of the two"),
         ('[companion.a]\napp = "m:a"\nwrokers = 2\n', 'companion: a: unknown key "wrokers"; leave it out'),
         ('[companion.a]\napp = "m:a"\nbindd = ":80"\n', 'companion: a: unknown key "bindd"; did you mean "bind"?'),
-        ('[companion.a]\napp = "m"\n', 'companion: a: app = "m": expected module:attribute'),
+        ('[companion.a]\napp = "m"\n', 'companion: a: app = "m": expected module:attribute, for example main:app'),
         ('[companion."a b"]\napp = "m:a"\n', 'name "a b": expected letters, digits and _ . -'),
         ('[companion.a]\ncommand = "no-such-program"\n', "companion a: command no-such-program: is not found in PATH"),
         ('[companion.a]\napp = "m:a"\ndrain_signal = "HUP"\n', "companion: a: drain_signal: means nothing for an app"),

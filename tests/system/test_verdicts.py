@@ -112,6 +112,12 @@ CASES = [
         r"name: cannot change in a reload \(web, now api\)",
         CONFIG.replace("web", "api"),
     ),
+    Case(
+        "uvicorn_value_of_another_type",
+        hello("9"),
+        r"\[uvicorn\]: ws_max_size = 'big': uvicorn takes another kind of value: expected `int`, got `str`",
+        CONFIG + '[uvicorn]\nws_max_size = "big"\n',
+    ),
     Case("config_bad_value", hello("9"), "workers = 0: ", CONFIG.replace("workers = 2", "workers = 0")),
 ]
 

@@ -278,7 +278,7 @@ def test_a_program_that_ends_before_it_is_ready_is_rolled_back(directory: Path) 
         (directory / "main.py").write_text("def main(worker):\n    return\n")
         done = service.reload()
         assert done.returncode == 3
-        assert "exited with status 0" in done.stderr
+        assert "exited with status 0 while it was in main(worker), which is to call worker.ready()" in done.stderr
         assert ask_anew(service) == b"1:hi"
 
 
@@ -286,9 +286,10 @@ def test_a_program_that_never_says_ready_is_rolled_back_when_its_time_is_over(di
     (directory / "main.py").write_text(program(ECHO, "1"))
     with Service(directory, app="main:main") as service:
         (directory / "main.py").write_text("def main(worker):\n    worker.wait()\n")
-        (directory / "handoff.toml").write_text('boot-timeout = "1s"\n')
+        (directory / "handoff.toml").write_text('boot-timeout = "5s"\n')
         done = service.reload()
         assert done.returncode == 3, done
+        assert "not ready after 5.0 s; it was in main(worker), which is to call worker.ready()" in done.stderr
         assert ask_anew(service) == b"1:hi"
         service.wait_for_generations(1)
 

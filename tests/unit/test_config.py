@@ -189,9 +189,9 @@ def test_a_key_that_cannot_be_there_is_named(directory: Path, line: str, message
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('app = "app"', 'app = "app": expected module:attribute'),
-        ('app = "a b:app"', 'app = "a b:app": expected module:attribute'),
-        ("app = 1", "app = 1: expected module:attribute"),
+        ('app = "app"', 'app = "app": expected module:attribute, for example main:app'),
+        ('app = "a b:app"', 'app = "a b:app": expected module:attribute, for example main:app'),
+        ("app = 1", "app = 1: expected module:attribute, for example main:app"),
         ('factory = "yes"', 'factory = "yes": expected true or false'),
         ("bind = 80", "bind = 80: expected an address, a list of addresses, or a table of names and addresses"),
         ('bind = "127.0.0.1"', "bind: bind 127.0.0.1: has no port; write 127.0.0.1:8000"),
@@ -228,7 +228,7 @@ def test_a_key_that_cannot_be_there_is_named(directory: Path, line: str, message
         ("surge = 0", 'surge = 0: expected a whole number from 1 to 256, or "all"'),
         ('surge = "some"', 'surge = "some": expected a whole number from 1 to 256, or "all"'),
         ("max_generations = 1", "max_generations = 1: expected a whole number from 2 to 100"),
-        ("limit_concurrency = 0", "limit_concurrency = 0: expected a whole number from 1 to 1000000"),
+        ("limit_concurrency = 0", "limit_concurrency = 0: expected a whole number from 2 to 1000000"),
         (
             "forwarded_allow_ips = 1",
             'forwarded_allow_ips = 1: expected an address, a list of addresses, or "*"',
@@ -258,10 +258,13 @@ def test_a_key_that_cannot_be_there_is_named(directory: Path, line: str, message
         ('log_format = "xml"', 'log_format = "xml": expected "text" or "json"'),
         ('log_config = ""', 'log_config = "": expected the path of a file'),
         ("uvicorn = 1", "uvicorn = 1: expected a table"),
-        ("[uvicorn]\nport = 80", "uvicorn: port: is not passed to uvicorn; use bind"),
+        ("[uvicorn]\nport = 80", "uvicorn: port: is not passed to uvicorn; use the key bind outside [uvicorn]"),
         ("[uvicorn]\nreload_dirs = []", "uvicorn: reload_dirs: is not passed to uvicorn; use handoff reload"),
         ('[uvicorn]\nhttp = "h11"', "uvicorn: http: is not passed to uvicorn; handoff sets it, leave it out"),
-        ("[uvicorn]\ntimeout_keep_alive = 1", "uvicorn: timeout_keep_alive: is not passed to uvicorn; use keep_alive"),
+        (
+            "[uvicorn]\ntimeout_keep_alive = 1",
+            "uvicorn: timeout_keep_alive: is not passed to uvicorn; use the key keep_alive outside [uvicorn]",
+        ),
         (
             "[uvicorn]\nx = 1979-05-27",
             'uvicorn: x = "1979-05-27": expected text, a number, true or false, or a list',
@@ -294,7 +297,7 @@ def test_a_value_that_cannot_be_is_named_with_what_is_expected(directory: Path, 
             "--header X-A:1\\r\\n: header X-A has a character that no header can; expected printable Latin-1",
         ),
         ({"surge": 0}, '--surge 0: expected a whole number from 1 to 256, or "all"'),
-        ({"app": "app"}, "--app app: expected module:attribute"),
+        ({"app": "app"}, "application app: expected module:attribute, for example main:app"),
         ({"warm_up": ("/",) * 65}, f"--warm-up {', '.join('/' * 65)}: has 65 entries; expected at most 64"),
     ],
 )
