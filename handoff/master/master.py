@@ -349,6 +349,8 @@ class Master:
             case Open():
                 self._crew.send(action.worker, messages.Open())
             case Drain():
+                if self._metrics is not None:
+                    self._metrics.drains(action.worker)
                 ending = self._ending_listeners(action.worker)
                 moves = not self._supervisor.is_stopping
                 self._crew.send(action.worker, messages.Drain(seconds=action.seconds, ending=ending, moves=moves))

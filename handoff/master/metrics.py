@@ -65,7 +65,9 @@ class Metrics(Collector):
             registry=self.registry,
         )
         self._restarts = Counter(
-            "handoff_worker_restarts", "Workers started in a slot that had one before.", registry=self.registry
+            "handoff_worker_restarts",
+            "Workers started in place of one that had ended by itself.",
+            registry=self.registry,
         )
 
     # --- what happens -----------------------------------------------------------------------------------------------
@@ -81,6 +83,13 @@ class Metrics(Collector):
             self._restarts.inc()
         self._seen_slots = {seen for seen in self._seen_slots if seen[0] in self._supervisor.fleet.generations}
         self._seen_slots.add((generation, slot))
+
+    def drains(self, worker: int) -> None:
+        """By a scale down its slot is given up: who comes there later is nobody's replacement."""
+        record = self._supervisor.fleet.workers.get(worker)
+        generation = None if record is None else self._supervisor.fleet.generations.get(record.generation)
+        if record is not None and generation is not None and record.slot >= generation.workers_wanted:
+            self._seen_slots.discard((record.generation, record.slot))
 
     # --- what is ----------------------------------------------------------------------------------------------------
 

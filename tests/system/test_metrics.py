@@ -125,7 +125,10 @@ def test_counts_go_on_over_reloads_moves_and_the_end_of_workers(tmp_path: Path) 
         assert samples["handoff_workers{state=accepting}"] == samples["handoff_workers_wanted{}"] == 2
         moved = samples["handoff_moves_total{event=moved}"]
         assert moved == samples["handoff_moves_total{event=adopted}"] >= 3
-        assert samples["handoff_worker_restarts_total{}"] == 0
+        for count in ("1", "3", "2"):
+            assert service.handoff("scale", count).returncode == 0
+        wait_until(lambda: len(service.workers()) == 2, "one has ended")
+        assert scrape(service)["handoff_worker_restarts_total{}"] == 0
         os.kill(service.workers()[0]["pid"], signal.SIGKILL)
         wait_until(lambda: scrape(service)["handoff_worker_restarts_total{}"] == 1, "the restart is counted")
         (tmp_path / "main.py").write_text("raise ValueError('not this one')")
