@@ -1,4 +1,5 @@
-"""A blocking program on `selectors`: it echoes, says when it is ready, and hands its connections over at a drain.
+"""A blocking program on `selectors`: it echoes, says when it is ready, and hands its connections over at a drain, and
+to siblings that have fewer.
 
 handoff run main:main --chdir examples/selectors_echo --bind 127.0.0.1:7000
 """
@@ -11,6 +12,7 @@ import socket
 from handoff import Worker
 
 RETRY_SECONDS = 0.05
+BALANCE_SECONDS = 0.2
 
 
 def main(worker: Worker) -> None:
@@ -23,7 +25,7 @@ def main(worker: Worker) -> None:
         selector.register(listener, selectors.EVENT_READ)
         is_accepting = True
         while is_accepting or connections:
-            for key, _ in selector.select(RETRY_SECONDS if worker.draining else None):
+            for key, _ in selector.select(RETRY_SECONDS if worker.draining else BALANCE_SECONDS):
                 if key.fileobj is worker:
                     worker.wait(0)
                 elif key.fileobj is listener:
@@ -32,12 +34,15 @@ def main(worker: Worker) -> None:
                     echo(key.fileobj, selector, connections)
             for (connection,), _state in worker.adopted():  # an echo has no state
                 add(connection, selector, connections)
+            worker.connections = len(connections)
             if worker.draining and is_accepting:
                 is_accepting = False
                 selector.unregister(listener)  # unregister first, then close: epoll would keep a ghost
                 listener.close()
             if worker.can_hand_over:
-                hand_over(worker, selector, connections)
+                hand_over(worker, selector, connections, len(connections))
+            elif surplus := worker.surplus():
+                hand_over(worker, selector, connections, surplus)
             if worker.drain_seconds == 0:
                 return
 
@@ -72,8 +77,8 @@ def echo(connection: socket.socket, selector: selectors.BaseSelector, connection
         drop(connection, selector, connections)
 
 
-def hand_over(worker: Worker, selector: selectors.BaseSelector, connections: set[socket.socket]) -> None:
+def hand_over(worker: Worker, selector: selectors.BaseSelector, connections: set[socket.socket], count: int) -> None:
     """Between two reads everything is answered: each connection may go. What is in the kernel goes along."""
-    for connection in list(connections):
+    for connection in list(connections)[:count]:
         if worker.hand_over([connection.fileno()]):
             drop(connection, selector, connections)

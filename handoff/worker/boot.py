@@ -92,7 +92,7 @@ def _run_main(
     if is_async(application):
 
         async def run() -> None:
-            await application(AsyncWorker(boot, link, claims, counters.own))
+            await application(AsyncWorker(boot, link, claims, counters))
 
         _guard_until_open(link, lambda: _run(boot, run))
     else:

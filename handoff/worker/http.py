@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
-from itertools import islice
 from typing import Any, cast
 
 from uvicorn.config import Config
@@ -21,13 +20,12 @@ from uvicorn.middleware.asgi2 import ASGI2Middleware
 
 from handoff.core.messages import MAXIMUM_HOLDS, Boot, Hold, Holds, Opened, Progress, Ready, cut
 from handoff.core.moves import HTTP, WEBSOCKET, AnyState, HTTPState, WebSocketState
-from handoff.counters import CONNECTIONS, HEARTBEAT, WorkerCounters
+from handoff.counters import HEARTBEAT, WorkerCounters
 from handoff.mailbox import Unreadable
 from handoff.pacing import end_pacing
 from handoff.worker.accepting import Server
 from handoff.worker.acceptors import Acceptors
 from handoff.worker.adopter import Adopter, socket_of
-from handoff.worker.balance import shares
 from handoff.worker.check import request_self
 from handoff.worker.collector import end_boot
 from handoff.worker.foreign_slots import ForeignSlots
@@ -38,6 +36,7 @@ from handoff.worker.measured import MeasuredHTTPProtocol
 from handoff.worker.newcomers import Newcomers
 from handoff.worker.protocol import HTTPProtocol
 from handoff.worker.proxied import Rules
+from handoff.worker.rebalancing import Rebalancing
 from handoff.worker.state import WorkerServerState
 from handoff.worker.tested import can_move
 from handoff.worker.timeout import RequestTimeout
@@ -52,7 +51,6 @@ CUT_OFF_SECONDS = 0.5
 """After the deadline: for the close frames of WebSockets and the cancelled tasks."""
 SENT_PER_TURN = 32
 """How many connections are handed over in one turn of the loop, so that the others' clients do not wait."""
-BALANCE_SECONDS = 0.1
 _TICK_SECONDS = 0.5
 
 Application = Callable[..., Any]
@@ -78,10 +76,9 @@ class HTTPService:
         self._state = WorkerServerState(counters.own)
         self._adopter = Adopter(socket.socket(fileno=boot.mailbox_fd), self._adopt, counters.own)
         self._adopting: set[asyncio.Task[Any]] = set()
-        self._offered: list[HTTPProtocol] = []
-        """To siblings that have fewer, lately."""
         self._adopts = _kinds(boot)
         self._state.hands_websockets_over = WEBSOCKET in self._adopts
+        self._rebalancing = Rebalancing(HTTP, self._state.mover.outbox, counters, self._row, self._movable)
         self._http = MeasuredHTTPProtocol if boot.measures else HTTPProtocol
         self._changed = asyncio.Event()
         rules = None
@@ -178,7 +175,8 @@ class HTTPService:
         await self._acceptors.open()
         self._adopter.start()
         self._link.send(Opened())
-        self._balance()
+        if self._adopts:
+            self._rebalancing.begin()
 
     async def _open_server(self, _name: str, listener: socket.socket) -> Server:
         loop, backlog = asyncio.get_running_loop(), self._settings.backlog
@@ -227,33 +225,14 @@ class HTTPService:
             self._link.leave(f"served {limit} requests", self._settings.drain_timeout_seconds)
         asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
 
-    def _balance(self) -> None:
-        """Hand quiet connections to siblings that have fewer: several times a second, as long as we accept."""
-        if self._link.is_draining:
-            return
-        asyncio.get_running_loop().call_later(BALANCE_SECONDS, self._balance)
-        offered, self._offered = self._offered, []
-        for connection in offered:
-            connection.cancel_move()  # it had its time; another one may be quicker
-        outbox = self._state.mover.outbox
-        if not self._adopts or not outbox.takes(HTTP) or outbox.has_unread():
-            return
-        counts = {info.row: self._counters.read(info.row, CONNECTIONS) for info in outbox.receivers}
-        counts[self._row] = self._counters.own[CONNECTIONS]
-        plan = shares(counts, self._row)
-        if not plan:  # as most of the time: there may be thousands of connections
-            return
-        movable = iter(self._movable())
-        for row, number in plan.items():
-            mailbox = next(info.mailbox for info in outbox.receivers if info.row == row)
-            for connection in islice(movable, number):
-                self._offered.append(connection)
-                connection.begin_move(mailbox)
-
-    def _movable(self) -> list[HTTPProtocol]:
-        """Quiet ones first."""
-        connections = [one for one in self._state.connections if isinstance(one, HTTPProtocol)]
-        return sorted((one for one in connections if one.is_movable), key=HTTPProtocol.is_busy)
+    def _movable(self) -> list[HTTPProtocol | WebSocketProtocol]:
+        """Quiet ones first, and WebSockets, whose application is ended here and begun there, last."""
+        connections = [_ours(one) for one in self._state.connections]
+        movable = (one for one in connections if isinstance(one, HTTPProtocol) and one.is_movable)
+        found: list[HTTPProtocol | WebSocketProtocol] = [*sorted(movable, key=HTTPProtocol.is_busy)]
+        if self._state.hands_websockets_over:
+            found += [one for one in connections if isinstance(one, WebSocketProtocol) and one.is_movable]
+        return found
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -271,6 +250,7 @@ class HTTPService:
     async def _drain(self) -> None:
         state = self._state
         state.is_draining = True
+        self._rebalancing.end()
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master

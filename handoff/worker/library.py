@@ -36,6 +36,7 @@ from handoff.worker.link import Link
 from handoff.worker.mover import Mover
 from handoff.worker.outbox import Outbox, Put
 from handoff.worker.raw import Protocol, RawConnection, makes_movable
+from handoff.worker.rebalancing import Rebalancing
 
 ACCEPTS_BY_ITSELF = "is for ASGI, for WSGI, and for programs on asyncio that accept with worker.serve"
 """A worker must be able to accept for slots that nobody serves."""
@@ -331,12 +332,13 @@ def _sockets_of(fds: list[int]) -> list[socket.socket]:
 class AsyncWorker(_Identity):
     """For a program on asyncio; `await worker.serve(protocol_factory)` is all that most need."""
 
-    def __init__(self, boot: Boot, link: Link, claims: Claims, counters: memoryview) -> None:
-        super().__init__(boot, link, claims, counters)
+    def __init__(self, boot: Boot, link: Link, claims: Claims, counters: WorkerCounters) -> None:
+        super().__init__(boot, link, claims, counters.own)
         self._changed = asyncio.Event()
         self._transports: set[asyncio.BaseTransport] = set()
-        self._mover = Mover(counters)
+        self._mover = Mover(counters.own)
         self._movable: dict[asyncio.BaseTransport, RawConnection] = {}
+        self._rebalancing = Rebalancing(RAW, self._mover.outbox, counters, boot.counters_row, self._movable.values)
         self._adopting: set[asyncio.Task[Any]] = set()
         self._acceptors: Acceptors | None = None
         loop = asyncio.get_running_loop()
@@ -408,7 +410,9 @@ class AsyncWorker(_Identity):
         adopter = Adopter(socket.socket(fileno=self._boot.mailbox_fd), self._adopt, self._counters)
         if moves:
             adopter.start()
+            self._rebalancing.begin()
         await self.drained()
+        self._rebalancing.end()
         if moves and self._link.moves:
             adopter.stop()  # our replacement reads on, or the master
         await acceptors.stop(self._link.ending_listeners, await self._foreign_slots.close())
@@ -463,8 +467,14 @@ class AsyncWorker(_Identity):
         made = protocol.connection_made
 
         def connection_made(transport: asyncio.BaseTransport) -> None:
-            made(transport)
-            protocol.attach(data)
+            try:
+                made(transport)
+                protocol.attach(data)
+            except Exception:  # another release's state, perhaps; nobody serves this connection
+                logging.getLogger("handoff").exception("attach failed; the connection is closed")
+                self._counters[ADOPTED] -= 1
+                self._counters[REFUSED] += 1
+                cast("asyncio.Transport", transport).abort()
 
         protocol.connection_made = connection_made
         self._serve_one(lambda: protocol, connection)

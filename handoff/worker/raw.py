@@ -15,9 +15,9 @@ from handoff.worker.mover import Mover
 class Protocol(asyncio.Protocol):
     """An asyncio protocol whose connection can move to another worker. For `AsyncWorker.serve`.
 
-    At a drain `detach` is asked for the connection's state: at once, and again after whatever happens on it. The worker
-    that takes over makes a protocol of its own, and calls `connection_made`, then `attach` with that state, and only
-    then `data_received`.
+    At a drain, and where a sibling has fewer connections, `detach` is asked for the connection's state: at once, and
+    again after whatever happens on it. The worker that takes over makes a protocol of its own, and calls
+    `connection_made`, then `attach` with that state, and only then `data_received`.
     """
 
     _connection: RawConnection | None = None
@@ -27,15 +27,18 @@ class Protocol(asyncio.Protocol):
 
         Everything that was written has left this process. After a state was returned nothing is received any more, and
         nothing may be written. `connection_lost(None)` follows, or, where the connection could not move after all,
-        `attach` with the same state.
+        `attach` with the same state. Raising keeps the connection here.
         """
         return None
 
     def attach(self, state: bytes) -> None:
-        """Go on where another worker stopped; `state` is what its `detach` returned. Data, from a peer: check it."""
+        """Go on where another worker stopped; `state` is what its `detach` returned. Data, from a peer: check it.
+
+        Raising closes the connection, which is counted as refused.
+        """
 
     def quiet(self) -> None:
-        """Ask to be asked: `detach` would return a state now. Of no effect while there is no drain."""
+        """Ask to be asked: `detach` would return a state now. Of no effect while the connection is not to move."""
         if self._connection is not None:
             asyncio.get_running_loop().call_soon(self._connection.try_move)
 
@@ -58,13 +61,17 @@ class RawConnection:
         self._mover = mover
         self._client = transport.get_extra_info("peername")
         self._state: bytes | None = None
+        self._mailbox: int | None = None
+        self._stays = False
+        """It cannot move: its state fits no letter."""
         self._is_leaving = False
         self._is_watched = False
 
-    def begin_move(self) -> None:
-        if self._is_leaving:
+    def begin_move(self, mailbox: int | None = None) -> None:
+        """As soon as the protocol lets it; `mailbox`: to this receiver rather than to any."""
+        if self._is_leaving or self._stays:
             return
-        self._is_leaving = True
+        self._is_leaving, self._mailbox = True, mailbox
         if self._is_watched:
             self.try_move()
             return
@@ -94,13 +101,13 @@ class RawConnection:
             self._transport.set_write_buffer_limits(high=0)  # so that resume_writing says when it is empty
             return
         try:
-            self._state = self._protocol.detach()
+            self._state = _checked(self._protocol.detach())
         except Exception:
             logging.getLogger("handoff").exception("detach failed; the connection stays")
         if self._state is None:
             self._transport.resume_reading()
         else:
-            self._mover.post(self)
+            self._mover.post(self, self._mailbox)
 
     def cancel_move(self) -> None:
         """The connection stays: the protocol goes on with its own state."""
@@ -108,8 +115,13 @@ class RawConnection:
         was_leaving, self._is_leaving = self._is_leaving, False
         if not was_leaving or self._transport.is_closing():
             return
-        if state is not None:
-            self._protocol.attach(state)
+        try:
+            if state is not None:
+                self._protocol.attach(state)
+        except Exception:
+            logging.getLogger("handoff").exception("attach failed; the connection is closed")
+            self._transport.abort()
+            return
         self._transport.resume_reading()
 
     # --- what the mover asks ----------------------------------------------------------------------------------------
@@ -125,4 +137,11 @@ class RawConnection:
         self._transport.abort()
 
     def refused(self) -> None:
+        """It is served here until it ends, or the drain does."""
+        self._stays = True
         self.cancel_move()
+
+
+def _checked(state: object) -> bytes | None:
+    """Raises TypeError where it is no state."""
+    return state if state is None or isinstance(state, bytes) else bytes(memoryview(state))  # type: ignore[arg-type]

@@ -212,3 +212,80 @@ def test_a_connection_of_a_listener_that_is_gone_is_refused_and_counted(director
             reload(service)
             assert connection.recv(10) == b""
         assert moves(service)["refused"] == 1
+
+
+def has_shares(service: Service, count: int, workers: int) -> bool:
+    """Within 20 % of even."""
+    found = [worker["connections"] for worker in service.workers()]
+    even = count / workers
+    return len(found) == workers and sum(found) == count and all(abs(one - even) <= 0.2 * even for one in found)
+
+
+@pytest.mark.parametrize("name", ["chat", "selectors_echo"])
+def test_workers_share_connections_of_programs_evenly(tmp_path: Path, name: str) -> None:
+    with Service(example(name, tmp_path), "-w", "2", app="main:main") as service, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(service.connect()) for _ in range(20)]
+        wait_until(lambda: has_shares(service, 20, 2), "two have their shares")
+        assert service.ask({"type": "scale", "workers": 4})["exit_code"] == 0
+        wait_until(lambda: has_shares(service, 20, 4), "four have their shares")
+        for client in clients:
+            client.sendall(b"ada\n")
+            assert client.recv(100).strip() in (b"ada", b"hello ada")
+
+
+STATES = """
+import handoff
+
+class Careless(handoff.Protocol):
+    word = b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.word = data
+        self.transport.write(data)
+
+    def detach(self):
+        if self.word == b"no bytes":
+            return "text"
+        if self.word.startswith(b"large"):
+            return self.word.ljust(17 * 1024 * 1024)
+        return self.word
+
+    def attach(self, state):
+        if b"bad" in state:
+            raise ValueError("this state is of another release")
+
+async def main(worker):
+    await worker.serve(Careless)
+"""
+
+
+def said(connection: socket.socket, word: bytes) -> bool:
+    """Whether it is served."""
+    try:
+        connection.sendall(word)
+        return connection.recv(100) == word
+    except ConnectionError:
+        return False
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_what_is_wrong_with_one_state_hurts_no_other_connection(directory: Path, loop: str) -> None:
+    (directory / "main.py").write_text(STATES)
+    words = [b"a", b"bad", b"no bytes", b"large", b"large bad", b"b"]
+    options = ("--loop", loop, "--drain-timeout", "3s")
+    with Service(directory, *options, app="main:main") as service, contextlib.ExitStack() as stack:
+        connections = {word: stack.enter_context(service.connect()) for word in words}
+        for word, connection in connections.items():
+            assert said(connection, word)
+        assert service.ask({"type": "reload"})["exit_code"] == 0
+        wait_until(lambda: moves(service)["refused"] == 3, "one was refused there, and two were here")
+        assert connections[b"bad"].recv(1) == connections[b"large bad"].recv(1) == b""
+        for word in (b"no bytes", b"large"):  # they stay
+            assert said(connections[word], word)
+        service.wait_for_generations(2)  # at the deadline
+        assert [said(connections[word], b"again") for word in words] == [True, False, False, False, False, True]
+        assert moves(service) == {"moved": 3, "waiting": 0, "adopted": 2, "refused": 3}
+        wait_until(lambda: [one["connections"] for one in service.workers()] == [2], "nobody is kept")
