@@ -49,7 +49,7 @@ from handoff.core.vocabulary import (
     WorkerBroke,
     WorkerExited,
 )
-from handoff.counters import CounterPage
+from handoff.counters import CONNECTIONS, CounterPage
 from handoff.master.command_check import Checked, CommandCheck, address_of_check
 from handoff.master.fd_store import FdStore, Place
 from handoff.master.foreign import ForeignWorker
@@ -418,6 +418,8 @@ class Crew:
         self._closed_deadlines.pop(process.worker, None)
         self._yielding.forget(process.worker)
         self._loop.forget(process.pidfd)
+        if number := self.counters(process)[CONNECTIONS]:
+            how += f" with {number} open connection{'s' if number > 1 else ''}"
         post_mortem = process.post_mortem()
         process.close()
         self._counters.give_back(process.boot.counters_row)
