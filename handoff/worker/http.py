@@ -225,14 +225,10 @@ class HTTPService:
             self._link.leave(f"served {limit} requests", self._settings.drain_timeout_seconds)
         asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
 
-    def _movable(self) -> list[HTTPProtocol | WebSocketProtocol]:
-        """Quiet ones first, and WebSockets, whose application is ended here and begun there, last."""
-        connections = [_ours(one) for one in self._state.connections]
-        movable = (one for one in connections if isinstance(one, HTTPProtocol) and one.is_movable)
-        found: list[HTTPProtocol | WebSocketProtocol] = [*sorted(movable, key=HTTPProtocol.is_busy)]
-        if self._state.hands_websockets_over:
-            found += [one for one in connections if isinstance(one, WebSocketProtocol) and one.is_movable]
-        return found
+    def _movable(self) -> list[HTTPProtocol]:
+        """Quiet ones first. No WebSockets: for a move their application's task has to end, in its own time."""
+        connections = [one for one in self._state.connections if isinstance(one, HTTPProtocol)]
+        return sorted((one for one in connections if one.is_movable), key=HTTPProtocol.is_busy)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -249,8 +245,8 @@ class HTTPService:
 
     async def _drain(self) -> None:
         state = self._state
-        state.is_draining = True
         self._rebalancing.end()
+        state.is_draining = True
         state.linger_seconds = min(LINGER_SECONDS, self._remaining())
         if self._link.moves:
             self._adopter.stop()  # our replacement reads on, or the master

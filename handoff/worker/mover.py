@@ -62,6 +62,10 @@ class Mover:
         self._count()
         return False
 
+    def count_refused(self) -> None:
+        """One that could not move, and could not go on here either."""
+        self._counters[REFUSED] += 1
+
     def _flush(self) -> None:
         self._unwatch()
         for queue in list(self._waiting.values()):

@@ -62,14 +62,20 @@ class RawConnection:
         self._client = transport.get_extra_info("peername")
         self._state: bytes | None = None
         self._mailbox: int | None = None
-        self._stays = False
-        """It cannot move: its state fits no letter."""
         self._is_leaving = False
         self._is_watched = False
+        self._stays = False
+        """It cannot move: its state fits no letter."""
+        self._is_ours_to_resume = False
+        """Reading was paused here, and not by the protocol."""
+        self._limits: tuple[int, int] | None = None
+        """Of the write buffer, as the protocol has them."""
+        self._has_failed = False
+        """Its `detach` has raised, and that was logged."""
 
     def begin_move(self, mailbox: int | None = None) -> None:
         """As soon as the protocol lets it; `mailbox`: to this receiver rather than to any."""
-        if self._is_leaving or self._stays:
+        if self._is_leaving or self._stays or not self._is_plain:
             return
         self._is_leaving, self._mailbox = True, mailbox
         if self._is_watched:
@@ -92,37 +98,63 @@ class RawConnection:
         self._transport.set_protocol(protocol)  # uvloop keeps the bound methods
         self.try_move()
 
+    @property
+    def _is_plain(self) -> bool:
+        """The protocol talks to the socket itself; the state of TLS that it has begun would lie in this process."""
+        return self._transport.get_protocol() is self._protocol
+
     def try_move(self) -> None:
         """When everything is written, ask the protocol; reading stops first, so that nothing comes in between."""
-        if self._state is not None or not self._is_leaving or self._transport.is_closing():
+        if self._state is not None or not self._is_leaving or self._transport.is_closing() or not self._is_plain:
             return
-        self._transport.pause_reading()
+        if self._transport.is_reading():
+            self._transport.pause_reading()
+            self._is_ours_to_resume = True
         if self._transport.get_write_buffer_size():
+            if self._limits is None:
+                self._limits = self._transport.get_write_buffer_limits()
             self._transport.set_write_buffer_limits(high=0)  # so that resume_writing says when it is empty
             return
         try:
             self._state = _checked(self._protocol.detach())
         except Exception:
-            logging.getLogger("handoff").exception("detach failed; the connection stays")
+            if not self._has_failed:
+                self._has_failed = True
+                logging.getLogger("handoff").exception("detach failed; the connection stays")
         if self._state is None:
-            self._transport.resume_reading()
+            self._resume()
         else:
             self._mover.post(self, self._mailbox)
 
     def cancel_move(self) -> None:
         """The connection stays: the protocol goes on with its own state."""
+        if not self._go_on():
+            self._mover.count_refused()
+
+    def _go_on(self) -> bool:
+        """False: the protocol does not take its state back, and the connection is closed."""
         state, self._state = self._state, None
         was_leaving, self._is_leaving = self._is_leaving, False
         if not was_leaving or self._transport.is_closing():
-            return
+            return True
+        if self._limits is not None:
+            low, high = self._limits
+            self._transport.set_write_buffer_limits(high=high, low=low)
+            self._limits = None
         try:
             if state is not None:
                 self._protocol.attach(state)
         except Exception:
             logging.getLogger("handoff").exception("attach failed; the connection is closed")
             self._transport.abort()
-            return
-        self._transport.resume_reading()
+            return False
+        self._resume()
+        return True
+
+    def _resume(self) -> None:
+        if self._is_ours_to_resume:
+            self._is_ours_to_resume = False
+            self._transport.resume_reading()
 
     # --- what the mover asks ----------------------------------------------------------------------------------------
 
@@ -137,9 +169,9 @@ class RawConnection:
         self._transport.abort()
 
     def refused(self) -> None:
-        """It is served here until it ends, or the drain does."""
+        """It is served here until it ends, or the drain does. The mover has counted it."""
         self._stays = True
-        self.cancel_move()
+        self._go_on()
 
 
 def _checked(state: object) -> bytes | None:

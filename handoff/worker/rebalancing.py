@@ -12,6 +12,8 @@ from handoff.worker.balance import shares
 from handoff.worker.outbox import Outbox
 
 BALANCE_SECONDS = 0.1
+PAUSE_SECONDS = 0.3
+"""After everybody was asked, and stayed."""
 
 
 class Leaver(Protocol):
@@ -35,33 +37,51 @@ class Rebalancing:
         self._counters, self._row = counters, row
         self._offered: list[Leaver] = []
         """To siblings, lately."""
+        self._stayed: set[Leaver] = set()
+        """They were asked since the plan was last empty."""
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(BALANCE_SECONDS, self._turn)
+    def begin(self, after_seconds: float = BALANCE_SECONDS) -> None:
+        self._timer = asyncio.get_running_loop().call_later(after_seconds, self._turn)
 
     def end(self) -> None:
-        """What was offered stays offered: a drain is what comes next."""
+        """Nobody is asked any more."""
         if self._timer is not None:
             self._timer.cancel()
+        self._take_back()
+
+    def _take_back(self) -> None:
+        offered, self._offered = self._offered, []
+        for connection in offered:
+            connection.cancel_move()  # it had its time; another one may be quicker
+        self._stayed.update(offered)
 
     def _turn(self) -> None:
         self.begin()
-        tried, self._offered = self._offered, []
-        for connection in tried:
-            connection.cancel_move()  # it had its time; another one may be quicker
-        outbox = self._outbox
-        if not outbox.takes(self._kind) or outbox.has_unread():
-            return
-        counts = {info.row: self._counters.read(info.row, CONNECTIONS) for info in outbox.receivers}
-        counts[self._row] = self._counters.own[CONNECTIONS]
-        plan = shares(counts, self._row)
+        self._take_back()
+        plan = self._plan()
         if not plan:  # as most of the time: there may be thousands of connections
+            self._stayed.clear()
             return
-        mailboxes = {info.row: info.mailbox for info in outbox.receivers}
-        had_their_time = set(map(id, tried))
-        movable = iter(sorted(self._candidates(), key=lambda one: id(one) in had_their_time))
+        candidates = list(self._candidates())
+        self._stayed &= set(candidates)
+        if candidates and len(self._stayed) == len(candidates):
+            self.end()
+            self._stayed.clear()
+            self.begin(PAUSE_SECONDS)
+            return
+        mailboxes = {info.row: info.mailbox for info in self._outbox.receivers}
+        movable = (one for one in candidates if one not in self._stayed)
         for row, number in plan.items():
             for connection in islice(movable, number):
                 self._offered.append(connection)
                 connection.begin_move(mailboxes[row])
+
+    def _plan(self) -> dict[int, int]:
+        """How many go to whom, by their rows."""
+        outbox = self._outbox
+        if not outbox.takes(self._kind) or outbox.has_unread():
+            return {}
+        counts = {info.row: self._counters.read(info.row, CONNECTIONS) for info in outbox.receivers}
+        counts[self._row] = self._counters.own[CONNECTIONS]
+        return shares(counts, self._row)

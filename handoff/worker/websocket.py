@@ -56,7 +56,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.server_state = server_state
         self.began_at = self.loop.time()
         self.is_leaving = False
-        self._mailbox: int | None = None
         self._adopted = adopted
         self._request = b""
         self._subprotocol: str | None = None
@@ -205,26 +204,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
-    @property
-    def is_movable(self) -> bool:
-        """The state of TLS lies in this process and stays here."""
-        return self._splitter is not None and self.transport.get_extra_info("sslcontext") is None
-
-    def begin_move(self, mailbox: int | None = None) -> None:
-        """Move at the next boundary between messages at which the application waits for one.
-
-        `mailbox`: to this receiver rather than to any.
-        """
-        if self.is_movable:
-            self.is_leaving, self._mailbox = True, mailbox
-            self._tell_if_quiet()
-
-    def cancel_move(self) -> None:
-        """Where there was no such boundary until now. Whose application has ended already goes all the same, and where
-        nobody takes it after all the client is asked to come back."""
-        self.is_leaving = False
-        if self._letter is not None and not self.transport.is_closing():
-            self._close_for_restart("no other worker takes it")
+    def begin_move(self) -> None:
+        """Move at the next boundary between messages at which the application waits for one."""
+        if self._splitter is None or self.transport.get_extra_info("sslcontext") is not None:
+            return
+        self.is_leaving = True
+        self._tell_if_quiet()
 
     def begin_drain(self) -> None:
         """It runs on; at the deadline `cut_off` says 1012, which asks clients to come back."""
@@ -277,8 +262,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         )
         self.transport.pause_reading()  # receiving the disconnect may have resumed it
         self._letter = (letter, self._request + self._splitter.rest + b"".join(self._held))
-        if not self.server_state.mover.post(self, self._mailbox) and not self.is_leaving:
-            self._close_for_restart("no other worker takes it")
+        self.server_state.mover.post(self)
 
     def letter(self) -> tuple[WebSocketState, bytes, Sequence[int]] | None:
         if self._letter is None or self.transport.is_closing():

@@ -289,3 +289,34 @@ def test_what_is_wrong_with_one_state_hurts_no_other_connection(directory: Path,
         assert [said(connections[word], b"again") for word in words] == [True, False, False, False, False, True]
         assert moves(service) == {"moved": 3, "waiting": 0, "adopted": 2, "refused": 3}
         wait_until(lambda: [one["connections"] for one in service.workers()] == [2], "nobody is kept")
+
+
+ONLY_AT_RELOADS = """
+import handoff
+
+class Loyal(handoff.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.transport.write(data)
+
+    def detach(self):
+        return b"" if worker.draining else None
+
+async def main(given):
+    global worker
+    worker = given
+    await worker.serve(Loyal)
+"""
+
+
+def test_what_was_asked_in_vain_to_go_to_a_sibling_is_asked_again_at_a_drain(directory: Path) -> None:
+    (directory / "main.py").write_text(ONLY_AT_RELOADS)
+    with Service(directory, app="main:main") as service, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(service.connect()) for _ in range(10)]
+        assert all(said(client, b"before") for client in clients)
+        assert service.ask({"type": "scale", "workers": 2})["exit_code"] == 0
+        reload(service)
+        assert all(said(client, b"after") for client in clients)
+        assert moves(service)["refused"] == 0

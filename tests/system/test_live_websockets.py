@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import threading
@@ -147,20 +146,6 @@ def test_a_state_that_is_no_json_ends_with_1012_and_is_counted(application: Path
         assert closed.value.rcvd.code == 1012
         assert service.status()["moves"]["refused"] == 1
         service.stderr.wait_for("is no JSON")
-
-
-def test_websockets_are_shared_evenly(application: Path) -> None:
-    with Service(application, *OPTIONS, "-w", "1") as service, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(connect(url(service))) for _ in range(20)]
-        assert service.ask({"type": "scale", "workers": 4})["exit_code"] == 0
-        wait_until(lambda: sorted(one["connections"] for one in service.workers()) == [5] * 4, "all have their share")
-        served_by = set()
-        for client in clients:
-            client.send("who")
-            pid, _, _, codes = str(client.recv()).split(" ", 3)
-            served_by.add(pid)
-            assert codes in ("[]", "[1012]")
-        assert len(served_by) == 4
 
 
 def test_without_the_option_websockets_stay_where_they_are(application: Path) -> None:
