@@ -61,10 +61,11 @@ class AccessLog:
         self._size = 0
         self.dropped = 0
 
-    def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool) -> None:
+    def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool, seconds: float) -> None:
         letter = _SIDES[side].lower() if is_late else _SIDES[side]
         hello = None if attempt.hello is None else logged(attempt.hello)
-        self._write(attempt.source, service, hello, None, letter + attempt.phase.value, reason, 0.0, (0, 0))
+        end = letter + attempt.phase.value
+        self._write(attempt.source, service, hello, attempt.backend, end, reason, seconds, (0, 0))
 
     def relayed(self, context: Context, closed: Closed, seconds: float) -> None:
         if closed.cause == "end":

@@ -84,8 +84,8 @@ class Attempt:
 
     __slots__ = (
         *("_began_connecting", "_deadline", "_dispatcher", "_engine", "_first", "_is_watched", "_loop", "_server"),
-        *("_reader", "_target", "_tried", "began_at", "bucket", "client", "counted_as", "destination", "due_at"),
-        *("hello", "is_over", "phase", "source"),
+        *("_failure", "_last", "_reader", "_target", "_tried", "began_at", "bucket", "client", "counted_as"),
+        *("destination", "due_at", "hello", "is_over", "phase", "source"),
     )
 
     def __init__(self, client: socket.socket, peer: object, dispatcher: Dispatcher, engine: Engine, loop: Loop) -> None:
@@ -109,13 +109,22 @@ class Attempt:
         """Of the phase."""
         self._server: socket.socket | None = None
         self._target: Target | None = None
+        self._last: Target | None = None
+        """It is being connected to, or was tried last."""
         self._tried: tuple[Target, ...] = ()
+        self._failure = 0
+        """Why the last of them could not be connected to."""
         self._began_connecting = 0.0
 
     @property
     def target(self) -> Target | None:
         """It is being connected to."""
         return self._target
+
+    @property
+    def backend(self) -> str | None:
+        """The name of the one that it is being connected to, or that was tried last; for the log."""
+        return None if self._last is None or self.phase is not _CONNECT else self._last.endpoint.name
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -278,6 +287,7 @@ class Attempt:
         """An attempt that the present table does not allow is given up for another one."""
         if self._target is not None and not self._dispatcher.allows(self._target, self.hello):
             self._give_up()
+            self._last = None
             self._connect_somewhere()
         elif self.phase is Phase.HELLO and not self._dispatcher.reads_hello:
             self._watch_client(0)
@@ -299,7 +309,7 @@ class Attempt:
             try:
                 target = self._dispatcher.choose(source, self._tried, self._loop.now, self.hello)
             except Nobody:
-                self.end("server", "no backend")
+                self._end_without_backend()
                 return True
             if target is None:
                 if is_queued:
@@ -309,6 +319,12 @@ class Attempt:
             if self._connect(target):
                 return True
             is_queued = False
+
+    def _end_without_backend(self) -> None:
+        if self._tried:
+            self.end("server", os.strerror(self._failure).lower(), is_late=self._failure == errno.ETIMEDOUT)
+        else:
+            self.end("server", "no backend")
 
     def _wait(self, is_let_in: bool = False, seconds: float | None = None) -> None:
         """`is_let_in`: whatever the limit of the queue, for so many seconds, None for those of the service."""
@@ -328,7 +344,7 @@ class Attempt:
 
     def _has_begun(self, target: Target, server: socket.socket | None, failure: int) -> bool:
         """As `_connect`, with what `connecting.begin` has made of it."""
-        self.phase, self._target, self._server = _CONNECT, target, server
+        self.phase, self._target, self._last, self._server = _CONNECT, target, target, server
         self._began_connecting = self._loop.now
         if failure == connecting.PENDING:
             assert server is not None
@@ -366,6 +382,7 @@ class Attempt:
             target.latency.observe(self._dispatcher.route.timeouts.connect_seconds, self._loop.now)
         self._engine.connect_failed(target, os.strerror(failure).lower())
         self._tried += (target,)
+        self._failure = failure
         return self.is_over
 
     def _connected(self) -> None:

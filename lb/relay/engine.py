@@ -41,7 +41,7 @@ class Listening(Protocol):
 
 
 class AccessLog(Protocol):
-    def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool) -> None: ...
+    def ended(self, attempt: Attempt, service: str, side: str, reason: str, is_late: bool, seconds: float) -> None: ...
 
     def relayed(self, context: Context, closed: Closed, seconds: float) -> None: ...
 
@@ -213,7 +213,8 @@ class Engine:
         self._attempts.discard(attempt)
         self._uncount_source(attempt.counted_as, dispatcher)
         if self._access_log is not None:
-            self._access_log.ended(attempt, dispatcher.route.service, side, reason, is_late)
+            seconds = self._loop.now - attempt.began_at
+            self._access_log.ended(attempt, dispatcher.route.service, side, reason, is_late, seconds)
 
     def close_some(self, count: int) -> None:
         """The deadline of a drain is near: so many connections are closed."""

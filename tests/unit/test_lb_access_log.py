@@ -15,6 +15,7 @@ from lb.relay.attempt import Attempt, Phase
 
 
 class Ended:
+    backend = None
     hello = None
     source = ("192.0.2.7", 1234)
     phase = Phase.QUEUE
@@ -71,21 +72,21 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
 def test_a_reader_that_stands_still_holds_nobody_up_and_lines_beyond_a_limit_are_counted(shared: Shared) -> None:
     log, written = shared.logs[0], 0
     while not log.dropped:
-        log.ended(ENDED, "shop", "server", f"reason {written}", is_late=False)
+        log.ended(ENDED, "shop", "server", f"reason {written}", is_late=False, seconds=0.0)
         written += 1
         assert written < MAXIMUM_BYTES  # of one byte each
         log.flush()
     found = [line["reason"] for line in shared.lines()]
     assert found == [f"reason {number}" for number in range(written - 1)]
-    log.ended(ENDED, "shop", "server", "later", is_late=True)
+    log.ended(ENDED, "shop", "server", "later", is_late=True, seconds=10.0)
     assert shared.lines()[-1]["reason"] == "later"
-    assert shared.lines()[-1]["end"] == "sQ"
+    assert (shared.lines()[-1]["end"], shared.lines()[-1]["seconds"]) == ("sQ", 10.0)
 
 
 def test_lines_of_several_relay_workers_stay_whole(shared: Shared) -> None:
     for number in range(3000):
         for index, log in enumerate(shared.logs):
-            log.ended(ENDED, f"service-{index}", "proxy", "x" * (number % 700), is_late=False)
+            log.ended(ENDED, f"service-{index}", "proxy", "x" * (number % 700), is_late=False, seconds=0.0)
             if number % (index + 2) == 0:
                 log.flush()
         if number % 50 == 0:
@@ -97,6 +98,6 @@ def test_lines_of_several_relay_workers_stay_whole(shared: Shared) -> None:
 
 def test_a_reader_that_is_gone_is_none(shared: Shared) -> None:
     os.close(shared.reader)
-    shared.logs[0].ended(ENDED, "shop", "server", "nobody reads this", is_late=False)
+    shared.logs[0].ended(ENDED, "shop", "server", "nobody reads this", is_late=False, seconds=0.0)
     shared.logs[0].flush()
     shared.reader = os.open("/dev/null", os.O_RDONLY)

@@ -248,7 +248,9 @@ def test_when_all_refuse_the_client_is_reset_at_once(rig: Rig) -> None:
     rig.serve(endpoint(nobody_there(), "a"), endpoint(nobody_there(), "b"))
     assert rig.read(rig.client()) == b"reset"
     assert len(rig.failures) == 2
-    assert [line["end"] for line in rig.lines()] == ["SC"]
+    (line,) = rig.lines()
+    assert (line["end"], line["reason"]) == ("SC", "connection refused")
+    assert rig.failures[-1][0].startswith(f"shop/main/{line['backend']}@"), "the last one"
 
 
 def test_when_none_is_eligible_the_client_is_reset_at_once(rig: Rig) -> None:
@@ -361,6 +363,7 @@ def test_who_waits_too_long_or_finds_the_queue_full_is_reset(rig: Rig) -> None:
     rig.until(lambda: rig.engine.waiting, "one waits")
     assert rig.read(rig.client()) == b"reset"
     assert rig.read(waiting) == b"reset"
+    assert rig.lines()[-1]["seconds"] >= 0.05, "as long as it waited"
     assert {(line["end"], line["reason"]) for line in rig.lines()} == {
         ("PQ", "the queue is full"),
         ("sQ", "no place in time"),
@@ -458,6 +461,33 @@ def test_a_backend_that_does_not_answer_the_connect_is_given_up_after_the_time(r
         one.close()
 
 
+def test_a_connect_timeout_is_told_from_a_refusal(rig: Rig) -> None:
+    with Full() as full:
+        timeouts = Timeouts(connect_seconds=0.05)
+        rig.serve(endpoint(full.address, "silent"), timeouts=timeouts)
+        assert rig.read(rig.client()) == b"reset"
+        rig.serve(endpoint(nobody_there(), "refusing"), timeouts=timeouts)
+        assert rig.read(rig.client()) == b"reset"
+        rig.serve(endpoint(full.address, "silent", is_eligible=False), timeouts=timeouts)
+        assert rig.read(rig.client()) == b"reset"
+    late, refused, nobody = rig.lines()
+    assert (late["end"], late["reason"], late["backend"]) == ("sC", "connection timed out", "silent")
+    assert late["seconds"] >= 0.05, "as long as it took"
+    assert (refused["end"], refused["reason"], refused["backend"]) == ("SC", "connection refused", "refusing")
+    assert (nobody["end"], nobody["reason"], nobody["backend"]) == ("SQ", "no backend", None)
+
+
+def test_who_leaves_while_it_is_connected_is_logged_with_the_backend(rig: Rig) -> None:
+    with Full() as full:
+        rig.serve(endpoint(full.address, "silent"))
+        client = rig.client()
+        rig.until(lambda: rig.engine.waiting, "it is being connected")
+        client.close()
+        rig.until(lambda: not rig.engine.waiting, "it has left")
+    (line,) = rig.lines()
+    assert (line["end"], line["backend"]) == ("CC", "silent")
+
+
 def test_a_server_that_says_nothing_in_time_is_cut_off(rig: Rig) -> None:
     backend = rig.backend()
     rig.serve(endpoint(backend), timeouts=Timeouts(first_byte_seconds=0.05))
@@ -524,6 +554,15 @@ def test_without_a_header_a_client_is_reset_or_let_in(rig: Rig, mode: str, seen:
     else:
         assert rig.read(client) == b"reset"
         assert [line["end"] for line in rig.lines()] == ["PR"]
+
+
+def test_the_log_says_how_long_a_header_was_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lb.relay.attempt.HEADER_SECONDS", 0.05)
+    rig.serve(endpoint(rig.backend()), accept_proxy="require")
+    assert rig.read(rig.client()) == b"reset"
+    (line,) = rig.lines()
+    assert (line["end"], line["backend"]) == ("cR", None)
+    assert line["seconds"] >= 0.05
 
 
 def test_who_is_not_trusted_needs_not_try_a_header(rig: Rig) -> None:
