@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 import socket
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from handoff.core.proxy_protocol import Address
 from handoff.worker.proxied import Rules
 from lb.core.choice import plain_address
 from lb.core.client_hello import ClientHello
+from lb.core.closing import due_now
 from lb.core.table import Endpoint, Route, Table
 from lb.page import CURRENT, RECEIVED_BYTES, RESET, SENT_BYTES, TOTAL, Page
 from lb.relay import connecting
@@ -373,9 +373,7 @@ class Engine:
         if present is None or present is not closing:
             return
         left = present.at + present.spread_seconds - self._loop.now
-        count = len(target.relays)
-        share = count if left <= 0 else math.ceil(count * CLOSING_TICK_SECONDS / (left + CLOSING_TICK_SECONDS))
+        share, pause_seconds = due_now(len(target.relays), left, CLOSING_TICK_SECONDS)
         for relay in list(target.relays)[:share]:
             relay.close()
-        at = self._loop.now + CLOSING_TICK_SECONDS
-        self._loop.timers.call_at(at, partial(self._close_a_share, target, closing))
+        self._loop.timers.call_at(self._loop.now + pause_seconds, partial(self._close_a_share, target, closing))
