@@ -89,6 +89,11 @@ class _Identity:
         return frozenset(self._link.ending_listeners)
 
     @property
+    def is_orphan(self) -> bool:
+        """Of a drain: the master is dead. Let in who is queued, and close the listeners: a new master binds anew."""
+        return self._link.is_orphan
+
+    @property
     def connections(self) -> int:
         """How many `handoff status` shows: set it when it changes. With `serve` it is counted for you."""
         return self._counters[CONNECTIONS]

@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import msgspec
 
 from handoff import Worker
 from lb.control.stored import initial_table
+from lb.core.closing import due_now
 from lb.core.model import Balancer
 from lb.core.table import Table
 from lb.core.wire import PAGE_NAME, Hello
@@ -78,6 +79,8 @@ class RelayWorker:
         self._worker = worker
         self._is_draining = False
         self._listeners: Mapping[str, socket.socket] = {}
+        self._acceptors: dict[str, Acceptor] = {}
+        """By the names of listeners: of those that we accept from."""
         self._loop = Loop()
         self._log = AccessLog(sys.stdout.fileno()) if balancer.access_log else None
         self._unready_seconds = balancer.unready_seconds
@@ -99,11 +102,11 @@ class RelayWorker:
         loop, worker = self._loop, self._worker
         self._listeners = listeners
         self._notice_silence()
-        acceptors = {
+        self._acceptors = {
             name: Acceptor(listener, loop, partial(self.engine.let_in, _service_of(name)))
             for name, listener in listeners.items()
         }
-        for acceptor in acceptors.values():
+        for acceptor in self._acceptors.values():
             acceptor.open()
         loop.watch(worker.fileno(), READ, self._worker_event)
         self._moving.begin_balancing()
@@ -111,19 +114,32 @@ class RelayWorker:
         while not self._is_draining:
             self._turn(None)
         self._link.draining()
-        ending = {name: acceptors.pop(name) for name in worker.ending_listeners if name in acceptors}
-        for acceptor in acceptors.values():
-            acceptor.close()
+        ending = frozenset(self._acceptors) & worker.ending_listeners
+        self._stop_accepting(self._acceptors.keys() - ending)
         if ending:
             self._be_unready()
-        for acceptor in ending.values():
-            acceptor.close()
-            acceptor.accept_queued()
+        self._stop_accepting(ending)
         self._drain({_service_of(name) for name in ending})
         self._link.close()
         loop.shut_down()
         if self._log is not None:
             self._log.close()
+
+    def _stop_accepting(self, names: Iterable[str]) -> None:
+        """Who is queued where nobody accepts any more is let in before."""
+        for name in names:
+            acceptor = self._acceptors.pop(name, None)
+            if acceptor is not None:
+                acceptor.close()
+                if name in self._worker.ending_listeners or self._worker.is_orphan:
+                    acceptor.accept_queued()
+
+    def _close_listeners(self) -> None:
+        """The master is dead: its addresses are free for a new one when the last of us has closed them."""
+        self._stop_accepting(list(self._acceptors))
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners = {}
 
     def _take(self, table: Table) -> None:
         self.engine.take(table)
@@ -155,6 +171,8 @@ class RelayWorker:
 
     def _worker_event(self, _mask: int) -> None:
         self._is_draining = self._worker.wait(0)
+        if self._worker.is_orphan:
+            self._close_listeners()
         self._moving.adopt_some()
 
     def _be_unready(self) -> None:
@@ -166,7 +184,7 @@ class RelayWorker:
 
     def _drain(self, ending: Collection[str]) -> None:
         """Until all have moved or ended; what has not near the deadline is closed, spread over some time."""
-        began_at = self._loop.now
+        began_at = close_at = self._loop.now
         spread = min(SPREAD_SECONDS, (self._worker.drain_seconds or 0.0) / 2)
         while self._is_needed(began_at):
             left = self._worker.drain_seconds or 0.0
@@ -175,9 +193,17 @@ class RelayWorker:
             elif left > spread:
                 self._turn(min(left - spread, self._patience_seconds()))
             else:
-                present = self.engine.connections + self.engine.waiting
-                self.engine.close_some(math.ceil(present * CLOSING_TICK_SECONDS / max(left, CLOSING_TICK_SECONDS)))
-                self._turn(CLOSING_TICK_SECONDS)
+                close_at = self._close_due(close_at, left)
+                self._turn(min(close_at - self._loop.now, self._patience_seconds()))
+
+    def _close_due(self, close_at: float, left: float) -> float:
+        """Close those whose turn it is, from `close_at` on. Returns when the next are due."""
+        now = self._loop.now
+        if now < close_at and left > 0:
+            return min(close_at, now + left)
+        share, pause_seconds = due_now(self.engine.connections + self.engine.waiting, left, CLOSING_TICK_SECONDS)
+        self.engine.close_some(share)
+        return now + pause_seconds
 
     def _patience_seconds(self) -> float:
         """How long nothing may happen before we look again."""

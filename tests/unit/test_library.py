@@ -157,6 +157,13 @@ def test_a_second_word_of_a_drain_takes_no_listener_back_that_ends(played: Playe
     assert (played.worker.drain_seconds or 99.0) <= 10.0
 
 
+def test_a_worker_hears_that_its_master_is_dead(played: Played) -> None:
+    assert not played.worker.is_orphan
+    played.master.close()
+    assert played.worker.wait()
+    assert played.worker.is_orphan
+
+
 def test_hand_over_needs_a_drain_and_a_receiver_and_gives_the_fds_away(
     played: Played, connection: tuple[socket.socket, socket.socket]
 ) -> None:
