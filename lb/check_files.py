@@ -1,4 +1,4 @@
-"""Files that the balancer needs: what is missing is said before it makes every backend, or the controller, fail."""
+"""Files that checks need: what is missing is said before it makes every backend fail."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from handoff.errors import HandoffError, UsageError
+from handoff.errors import UsageError
 from lb.control.tls import context_of
 from lb.core.model import Balancer, Check
-from lb.token_file import read_token
 
 
 def refuse_missing(balancer: Balancer, shown: str, near: str) -> None:
     """`near`: the directory of relative paths; `shown`: the file as it is called. Raises UsageError."""
-    if balancer.admin_token_file is not None:
-        try:
-            read_token(os.path.join(near, balancer.admin_token_file))
-        except HandoffError as error:
-            raise UsageError(f"{shown}: {error.message}") from None
     for service, check in _checks(balancer):
         where = f"{shown}: service {service}"
         if check.ca is not None:

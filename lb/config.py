@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any
 
 from handoff.addresses import parse_bind
-from handoff.errors import UsageError
+from handoff.errors import HandoffError, UsageError
 from handoff.option_table import is_service_name, shown_value
 from lb.check_rules import OF_TYPE, refusal
 from lb.core.algorithms import ALGORITHMS
 from lb.core.choice import MAXIMUM_WEIGHT
 from lb.core.model import Backend, Balancer, Check, Ejection, HelloRoute, Service, Timeouts
-from lb.own_addresses import is_exposed, is_same_address, own_addresses
+from lb.own_addresses import is_exposed, is_same_address, own_addresses, resolved
 from lb.positions import Path, Positions
 from lb.route_rules import MAXIMUM_ROUTES, ROUTE, useless
 from lb.tables import Read, TableReader
@@ -27,7 +28,7 @@ from lb.tables import list_of as _list_of
 from lb.tables import number as _number
 from lb.tables import read_flag as _read_flag
 from lb.tables import text as _text
-from lb.token_file import NEEDS_TOKEN
+from lb.token_file import NEEDS_TOKEN, read_token
 
 MAXIMUM_RELAYS = 64
 MAXIMUM_BACKENDS = 1000
@@ -40,10 +41,18 @@ _HOST = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,253}")
 _NAME = "up to 64 letters, digits and . _ -"
 
 
-def parse_config(text: str, shown: str, typed: Mapping[str, Any] | None = None) -> Balancer:
+def parse_config(
+    text: str,
+    shown: str,
+    typed: Mapping[str, Any] | None = None,
+    near: str | None = None,
+    looks_up: bool = False,
+) -> Balancer:
     """The balancer that the text describes; `shown` is the file as it is called in messages. Raises UsageError.
 
-    `typed` are keys of [balancer] that somebody gave otherwise, which win over the file's.
+    `typed` are keys of [balancer] that somebody gave otherwise, which win over the file's. `near`: the directory of
+    relative paths; without it files are not looked at. `looks_up`: the name that the admin API listens on, too, which
+    may block.
     """
     try:
         table = tomllib.loads(text)
@@ -52,29 +61,39 @@ def parse_config(text: str, shown: str, typed: Mapping[str, Any] | None = None) 
     own = table.get("balancer", {})
     if typed and isinstance(own, dict):
         table["balancer"] = {**own, **typed}
-    return _Reader(shown, Positions(text)).whole(table)
+    return _Reader(shown, Positions(text), near, looks_up).whole(table)
 
 
-def read_table(table: dict[str, Any], shown: str, is_whole: bool = True) -> Balancer:
+def read_table(table: dict[str, Any], shown: str, is_whole: bool = True, near: str | None = None) -> Balancer:
     """The same of what no file says; `shown`: where it comes from. `is_whole`: there is no more. Raises UsageError."""
-    reader = _Reader(shown, Positions(""))
+    reader = _Reader(shown, Positions(""), near, looks_up=True)
     return reader.whole(table) if is_whole else reader.balancer(table)
 
 
 class _Reader(TableReader):
     """Takes the tables of a balancer apart."""
 
-    def __init__(self, shown: str, positions: Positions) -> None:
+    def __init__(self, shown: str, positions: Positions, near: str | None, looks_up: bool) -> None:
         super().__init__(shown, positions)
+        self._near, self._looks_up = near, looks_up
         self._shared: dict[str, Check] = {}
         """By name, [check.NAME]."""
 
     def whole(self, table: dict[str, Any]) -> Balancer:
         """All that is said anywhere."""
         balancer = self.balancer(table)
-        if balancer.admin is not None and balancer.admin_token_file is None and is_exposed(parse_bind(balancer.admin)):
-            self._fail(("balancer", "admin"), f"admin {balancer.admin}", NEEDS_TOKEN)
+        admin, file = balancer.admin, balancer.admin_token_file
+        if admin is not None and file is None and is_exposed(parse_bind(admin), self._looks_up):
+            self._fail(("balancer", "admin"), f"admin {admin}", NEEDS_TOKEN)
+        if file is not None and self._near is not None:
+            self._refuse_bad_token(os.path.join(self._near, file))
         return balancer
+
+    def _refuse_bad_token(self, file: str) -> None:
+        try:
+            read_token(file)
+        except HandoffError as error:
+            raise UsageError(f"{self._where(('balancer', 'admin_token_file'))}: {error.message}") from None
 
     def balancer(self, table: dict[str, Any]) -> Balancer:
         self._refuse_unknown((), table, {"balancer", "service", "check"})
@@ -87,6 +106,7 @@ class _Reader(TableReader):
         self._shared = self._shared_checks(table.get("check", {}))
         services = tuple(self._service(("service", index), one) for index, one in enumerate(listed))
         self._refuse_twice([(("service", index, "name"), one.name) for index, one in enumerate(services)])
+        self._refuse_two_listeners(services, own.get("admin"))
         self._refuse_loops(services, own.get("admin"))
         return Balancer(name=own.pop("name", "lb"), services=services, **own)
 
@@ -200,13 +220,35 @@ class _Reader(TableReader):
         self._refuse_twice([(path, one.name) for one in found])
         return tuple(found)
 
+    def _refuse_two_listeners(self, services: tuple[Service, ...], admin: str | None) -> None:
+        """Only one of them can be bound."""
+        taken: dict[str, str] = {}
+        for index, service in enumerate(services):
+            for address in service.listen:
+                self._take_place(taken, ("service", index, "listen"), address, service.name)
+        if admin is not None:
+            self._take_place(taken, ("balancer", "admin"), admin, "")
+
+    def _take_place(self, taken: dict[str, str], path: Path, address: str, service: str) -> None:
+        """`taken`: the services that listen, by the key of where they do. `service`: empty for the admin API."""
+        bind = resolved(parse_bind(address), self._near)
+        if bind.is_any_port:
+            return
+        subject, other = f"{path[-1]} {address}", taken.get(bind.key)
+        if other == service:
+            self._fail(path, subject, f"is there twice in service {service}; leave one out")
+        if other is not None:
+            self._fail(path, subject, f"is what service {other} listens on; give each an address of its own")
+        taken[bind.key] = service
+
     def _refuse_loops(self, services: tuple[Service, ...], admin: str | None) -> None:
         """A listener of ours as a backend would relay to itself until nothing is left."""
-        own = own_addresses(services, admin)
+        own = own_addresses(services, admin, self._near)
         for index, service in enumerate(services):
             for name, pool in service.pools.items():
                 for backend in pool:
-                    if any(is_same_address(parse_bind(backend.address), one) for one in own):
+                    bind = resolved(parse_bind(backend.address), self._near)
+                    if any(is_same_address(bind, one) for one in own):
                         path = ("service", index, "pool", name, "backends")
                         self._fail(path, backend.address, "is an address that this balancer listens on itself")
 

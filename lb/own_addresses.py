@@ -8,28 +8,39 @@ import os
 import socket
 from pathlib import Path
 
+import msgspec
+
 from handoff.addresses import Bind, parse_bind
 from lb.core.model import Balancer, Service
 
 _IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def is_own_address(balancer: Balancer, bind: Bind) -> bool:
-    """What is sent there comes back to this balancer."""
-    return any(is_same_address(bind, one) for one in own_addresses(balancer.services, balancer.admin))
+def is_own_address(balancer: Balancer, bind: Bind, near: str | None = None) -> bool:
+    """What is sent there comes back to this balancer. `near`: the directory of relative paths, where it is known."""
+    own = own_addresses(balancer.services, balancer.admin, near)
+    return any(is_same_address(resolved(bind, near), one) for one in own)
 
 
-def own_addresses(services: tuple[Service, ...], admin: str | None) -> list[Bind]:
-    own = [parse_bind(one) for service in services for one in service.listen]
-    return [*own, parse_bind(admin)] if admin else own
+def own_addresses(services: tuple[Service, ...], admin: str | None, near: str | None) -> list[Bind]:
+    typed = [one for service in services for one in service.listen]
+    return [resolved(parse_bind(one), near) for one in (*typed, *([admin] if admin else ()))]
+
+
+def resolved(bind: Bind, near: str | None) -> Bind:
+    """With the one path of a unix socket, however it is written; `near`: the directory of relative ones, if known."""
+    if bind.kind != "unix":
+        return bind
+    path = os.path.normpath(bind.path) if near is None else os.path.realpath(os.path.join(near, bind.path))
+    return msgspec.structs.replace(bind, path=path)
 
 
 def is_same_address(backend: Bind, listener: Bind) -> bool:
-    """What is sent to the one arrives at the other. Names are unknown here, but for localhost."""
+    """What is sent to the one, resolved, arrives at the other. Names are unknown here, but for localhost."""
     if backend.kind != listener.kind:
         return False
     if backend.kind == "unix":
-        return os.path.normpath(backend.path) == os.path.normpath(listener.path)
+        return backend.path == listener.path
     if backend.kind != "tcp" or backend.port != listener.port:
         return False
     target, own = _ip(backend.host), _ip(listener.host)
@@ -41,10 +52,22 @@ def is_same_address(backend: Bind, listener: Bind) -> bool:
     return target == own or (target.is_unspecified and own.is_loopback)  # ip(7): who connects to "any" reaches itself
 
 
-def is_exposed(listener: Bind) -> bool:
-    """Other machines may reach it. Of a name that is not known before it is bound."""
-    address = _ip(listener.host) if listener.kind == "tcp" else None
-    return address is not None and not address.is_loopback
+def is_exposed(listener: Bind, looks_up: bool = False) -> bool:
+    """Other machines may reach it. `looks_up`: names, too, which may block; one that is unknown cannot be bound."""
+    if listener.kind != "tcp":
+        return False
+    address = _ip(listener.host)
+    if address is not None:
+        return not address.is_loopback
+    return looks_up and any(not one.is_loopback for one in _addresses_of(listener.host))
+
+
+def _addresses_of(host: str) -> list[_IP]:
+    try:  # as bytes: text would import the codec "idna" just now
+        found = socket.getaddrinfo(host.encode("ascii"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return []
+    return [one for _, _, _, _, address in found if (one := _ip(str(address[0]))) is not None]
 
 
 def _ip(host: str) -> _IP | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -63,11 +64,12 @@ def source_options(command: F) -> F:
 
 
 def load(source: Source, shown: str | None = None) -> Balancer:
-    """Reads the file. `shown` is what it is called in messages. Raises UsageError, one line."""
+    """Reads the file. `shown` is what it is called in messages. May look up a name. Raises UsageError, one line."""
     given = {key: getattr(source, key) for key in _OVERRIDES if getattr(source, key) is not None}
     typed = [key for key in _INSTEAD_OF_A_FILE if getattr(source, key)]
+    near = os.path.dirname(os.path.abspath(source.file)) if source.file is not None else os.getcwd()
     if source.file is None:
-        return read_table(_typed_table(source, given), TYPED)
+        return read_table(_typed_table(source, given), TYPED, near=near)
     if typed:
         raise UsageError(
             f"--{typed[0].replace('_', '-')}: is for a balancer without a file; write it into {source.file}"
@@ -76,7 +78,7 @@ def load(source: Source, shown: str | None = None) -> Balancer:
     if given:  # judged by themselves first: a mistake in them is not the file's
         service = {"name": "typed", "listen": "fd://3", "pool": {DEFAULT_POOL: {}}}
         read_table({"balancer": given, "service": [service]}, TYPED, is_whole=False)
-    balancer = parse_config(read_small_file(source.file, shown), shown, given)
+    balancer = parse_config(read_small_file(source.file, shown), shown, given, near, looks_up=True)
     return msgspec.structs.replace(balancer, typed=tuple(given))
 
 

@@ -59,10 +59,13 @@ class TableReader:
             seen.add(name)
 
     def _fail(self, path: Path, subject: str, problem: str) -> None:
-        line = self._positions.line(path)
-        where = self._shown if line is None else f"{self._shown}: line {line}"
         separator = " " if problem.startswith("is ") else ": "
-        raise UsageError(f"{where}: {subject}{separator}{problem}")
+        raise UsageError(f"{self._where(path)}: {subject}{separator}{problem}")
+
+    def _where(self, path: Path) -> str:
+        """The file, and the line of the key where it has one."""
+        line = self._positions.line(path)
+        return self._shown if line is None else f"{self._shown}: line {line}"
 
 
 # --- how values are read --------------------------------------------------------------------------------------------

@@ -53,7 +53,6 @@ from lb.core.overrides import (
 )
 from lb.core.reloading import taken_in_place
 from lb.core.standing import Administrative
-from lb.own_addresses import is_own_address
 
 MAXIMUM_FENCE_LENGTH = 256
 COUNT_SECONDS = 0.05
@@ -265,7 +264,7 @@ class Commands:
             raise Refusal(REFUSED, f"{backend.name} is there already; nothing changed")
         if len(members) >= MAXIMUM_BACKENDS:
             raise Refusal(REFUSED, f"the pool has {len(members)} backends, the most there may be; nothing changed")
-        if is_own_address(self._controller.balancer, bind):
+        if self._controller.is_own(backend.address):
             raise Refusal(USAGE, f"{backend.address} is an address that this balancer listens on itself")
 
     async def _remove(self, request: Remove) -> Answer:
@@ -298,7 +297,7 @@ class Commands:
 
     async def _apply(self, request: Apply) -> Answer:
         controller = self._controller
-        wanted = parse_config(request.text, request.shown)
+        wanted = parse_config(request.text, request.shown, near=".")
         refuse_missing(wanted, request.shown, ".")
         effective, notes = taken_in_place(controller.balancer, wanted)
         before = {service.name: service for service in controller.balancer.services}

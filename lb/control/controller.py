@@ -113,7 +113,7 @@ class Controller:
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """Publish the first table, and begin with the checks. Their tasks, and ours, are of the group."""
         self.probes = Probes(tasks, self.records, self._find, self.refresh)
-        self.names = Names(tasks, self._resolver, self.refresh, self._is_own)
+        self.names = Names(tasks, self._resolver, self.refresh, self.is_own)
         self.names.answers = self.answers
         self.page.sweep()
         self.publish(is_forced=True)
@@ -294,8 +294,9 @@ class Controller:
         service = self.service(one.service) if one is not None else None
         return (one, service) if one is not None and service is not None else None
 
-    def _is_own(self, address: str) -> bool:
-        return is_own_address(self.balancer, parse_bind(address))
+    def is_own(self, address: str) -> bool:
+        """What is sent there comes back to us."""
+        return is_own_address(self.balancer, parse_bind(address), ".")
 
     def _expire(self) -> None:
         overrides, notes = expired(self.overrides, time.time())

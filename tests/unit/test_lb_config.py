@@ -147,6 +147,72 @@ def test_an_own_listener_is_no_backend_however_it_is_written(listen: str, backen
         parse_config(text.replace(f'["{backend}"]', f'["{other}"]'), "lb.toml")
 
 
+@pytest.mark.parametrize(
+    ("listen", "backend"),
+    [
+        ("unix:a.sock", "unix:DIRECTORY/a.sock"),
+        ("unix:DIRECTORY/a.sock", "unix:a.sock"),
+        ("unix:DIRECTORY/a.sock", "unix:DIRECTORY/x/../a.sock"),
+        ("unix:current/a.sock", "unix:release/a.sock"),
+    ],
+)
+def test_an_own_unix_socket_is_no_backend_by_whatever_path(tmp_path: Path, listen: str, backend: str) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / "current").symlink_to("release")
+    text = f'[[service]]\nname = "a"\nlisten = "{listen}"\n[service.pool.b]\nbackends = ["{backend}"]\n'
+    text = text.replace("DIRECTORY", str(tmp_path))
+    with pytest.raises(UsageError, match=r"line 5: unix:.* is an address that this balancer listens on itself"):
+        parse_config(text, "lb.toml", near=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"[::1]:8080"', '"127.0.0.1:8080"', "line 9: listen 127.0.0.1:8080 is there twice in service shop; leave one"),
+        ('"[::1]:8080"', '"fd://3"', "line 9: listen fd://3 is there twice in service shop; leave one out"),
+        ('"unix:/run/shop.sock"', '"unix:a", "unix:/d/a"', "line 9: listen unix:/d/a is there twice in service shop"),
+        ("127.0.0.1:5433", "[0::1]:8080", "line 32: listen [0::1]:8080 is what service shop listens on; give each an"),
+        ("127.0.0.1:8404", "127.0.0.1:5433", "line 5: admin 127.0.0.1:5433 is what service db listens on; give each"),
+    ],
+)
+def test_nothing_is_listened_on_twice(old: str, new: str, problem: str) -> None:
+    assert old in FULL
+    with pytest.raises(UsageError) as caught:
+        parse_config(FULL.replace(old, new, 1), "lb.toml", near="/d")
+    assert caught.value.message.startswith(f"lb.toml: {problem}")
+
+
+def test_a_port_that_the_kernel_chooses_is_another_one_each_time() -> None:
+    text = FULL.replace('"127.0.0.1:8080", "[::1]:8080"', '"127.0.0.1:0", "127.0.0.1:0"')
+    assert len(parse_config(text, "lb.toml").services[0].listen) == 4
+
+
+@pytest.mark.parametrize(
+    ("addresses", "is_refused"),
+    [(["127.0.1.1"], False), (["127.0.0.1", "::1"], False), (["198.51.100.9"], True), (["::1", "2001:db8::9"], True)],
+)
+def test_an_admin_address_that_is_a_name_others_reach_needs_a_token_file(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str], is_refused: bool
+) -> None:
+    text = FULL.replace("127.0.0.1:8404", "outside:8404")
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    parse_config(text, "lb.toml")
+    if is_refused:
+        with pytest.raises(UsageError, match=r"^lb.toml: line 5: admin outside:8404: can be reached"):
+            parse_config(text, "lb.toml", looks_up=True)
+    else:
+        parse_config(text, "lb.toml", looks_up=True)
+
+
+def test_an_admin_address_whose_name_is_unknown_is_left_to_who_binds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    parse_config(FULL.replace("127.0.0.1:8404", "outside:8404"), "lb.toml", looks_up=True)
+
+
 def test_behind_a_listener_on_all_addresses_none_of_this_machine_is_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     listener, own = parse_bind("0.0.0.0:80"), parse_bind("198.51.100.9:80")
     assert not is_same_address(own, listener)
@@ -289,16 +355,16 @@ def test_each_mistake_in_a_check_is_told_with_its_line(old: str, new: str, probl
 def test_a_token_file_that_is_no_use_is_said_before_anything_runs(
     tmp_path: Path, text: str | None, mode: int, problem: str
 ) -> None:
-    balancer = parse_config(FULL.replace('"127.0.0.1:8404"', '"0.0.0.0:8404"\nadmin_token_file = "token"'), "lb.toml")
+    config = FULL.replace('"127.0.0.1:8404"', '"0.0.0.0:8404"\nadmin_token_file = "token"')
     if text is not None:
         (tmp_path / "token").write_text(text)
         (tmp_path / "token").chmod(mode)
     if problem:
         with pytest.raises(UsageError) as caught:
-            refuse_missing(balancer, "lb.toml", str(tmp_path))
-        assert caught.value.message == f"lb.toml: admin_token_file {tmp_path}/token: {problem}"
+            parse_config(config, "lb.toml", near=str(tmp_path))
+        assert caught.value.message == f"lb.toml: line 6: admin_token_file {tmp_path}/token: {problem}"
     else:
-        refuse_missing(balancer, "lb.toml", str(tmp_path))
+        parse_config(config, "lb.toml", near=str(tmp_path))
 
 
 def test_files_that_checks_need_are_looked_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,28 @@ def test_what_was_typed_makes_one_service_with_one_pool(file: Path) -> None:
         ("unix:/run/a=b.sock", "unix:/run/a=b.sock"),
     ]
     assert set(describe(source)["bind"]) == {"lb.0", "lb.1"}
+
+
+@pytest.mark.parametrize("command", ["describe", "prepare"])
+def test_an_admin_name_that_others_reach_needs_a_token_before_anything_runs(
+    file: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("198.51.100.9", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    typed = Source(listen=("127.0.0.1:80",), backend=("10.0.0.1:80",), admin="outside:8404")
+    for source in (typed, Source(file=str(file), admin="outside:8404")):
+        with pytest.raises(UsageError, match="admin outside:8404: can be reached from other machines; set admin_token"):
+            describe(source) if command == "describe" else prepare(source)
+
+
+def test_a_relative_socket_is_the_absolute_one_beside_the_file(file: Path) -> None:
+    text = file.read_text()
+    file.write_text(f'{text}[[service]]\nname = "z"\nlisten = "unix:z.sock"\n[service.pool.b]\n')
+    load(Source(file=str(file)))
+    file.write_text(f'{file.read_text()}backends = ["unix:{file.parent}/z.sock"]\n')
+    for command in (describe, load, prepare):
+        with pytest.raises(UsageError, match=r"z\.sock is an address that this balancer listens on itself"):
+            command(Source(file=str(file)))
 
 
 def test_a_check_may_be_only_to_connect(file: Path) -> None:
