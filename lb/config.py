@@ -7,7 +7,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from handoff.addresses import parse_bind
@@ -17,7 +17,7 @@ from lb.check_rules import OF_TYPE, refusal
 from lb.core.algorithms import ALGORITHMS
 from lb.core.choice import MAXIMUM_WEIGHT
 from lb.core.model import Backend, Balancer, Check, Ejection, HelloRoute, Service, Timeouts
-from lb.own_addresses import is_exposed, is_same_address, own_addresses, resolved
+from lb.own_addresses import IS_OWN, is_exposed, is_same_address, own_addresses, resolved
 from lb.positions import Path, Positions
 from lb.route_rules import MAXIMUM_ROUTES, ROUTE, useless
 from lb.tables import Read, TableReader
@@ -47,12 +47,13 @@ def parse_config(
     typed: Mapping[str, Any] | None = None,
     near: str | None = None,
     looks_up: bool = False,
+    bound: Collection[str] = (),
 ) -> Balancer:
     """The balancer that the text describes; `shown` is the file as it is called in messages. Raises UsageError.
 
     `typed` are keys of [balancer] that somebody gave otherwise, which win over the file's. `near`: the directory of
     relative paths; without it files are not looked at. `looks_up`: the name that the admin API listens on, too, which
-    may block.
+    may block. `bound`: where the listeners of the running balancer really are.
     """
     try:
         table = tomllib.loads(text)
@@ -61,7 +62,7 @@ def parse_config(
     own = table.get("balancer", {})
     if typed and isinstance(own, dict):
         table["balancer"] = {**own, **typed}
-    return _Reader(shown, Positions(text), near, looks_up).whole(table)
+    return _Reader(shown, Positions(text), near, looks_up, bound).whole(table)
 
 
 def read_table(table: dict[str, Any], shown: str, is_whole: bool = True, near: str | None = None) -> Balancer:
@@ -73,9 +74,11 @@ def read_table(table: dict[str, Any], shown: str, is_whole: bool = True, near: s
 class _Reader(TableReader):
     """Takes the tables of a balancer apart."""
 
-    def __init__(self, shown: str, positions: Positions, near: str | None, looks_up: bool) -> None:
+    def __init__(
+        self, shown: str, positions: Positions, near: str | None, looks_up: bool, bound: Collection[str] = ()
+    ) -> None:
         super().__init__(shown, positions)
-        self._near, self._looks_up = near, looks_up
+        self._near, self._looks_up, self._bound = near, looks_up, bound
         self._shared: dict[str, Check] = {}
         """By name, [check.NAME]."""
 
@@ -243,14 +246,14 @@ class _Reader(TableReader):
 
     def _refuse_loops(self, services: tuple[Service, ...], admin: str | None) -> None:
         """A listener of ours as a backend would relay to itself until nothing is left."""
-        own = own_addresses(services, admin, self._near)
+        own = own_addresses(services, admin, self._near, self._bound)
         for index, service in enumerate(services):
             for name, pool in service.pools.items():
                 for backend in pool:
                     bind = resolved(parse_bind(backend.address), self._near)
                     if any(is_same_address(bind, one) for one in own):
                         path = ("service", index, "pool", name, "backends")
-                        self._fail(path, backend.address, "is an address that this balancer listens on itself")
+                        self._fail(path, backend.address, IS_OWN)
 
 
 # --- how values are read --------------------------------------------------------------------------------------------

@@ -6,25 +6,62 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import msgspec
 
 from handoff.addresses import Bind, parse_bind
+from handoff.errors import HandoffError
 from lb.core.model import Balancer, Service
 
+IS_OWN = "is an address that this balancer listens on itself"
+"""Of a backend."""
 _IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def is_own_address(balancer: Balancer, bind: Bind, near: str | None = None) -> bool:
-    """What is sent there comes back to this balancer. `near`: the directory of relative paths, where it is known."""
-    own = own_addresses(balancer.services, balancer.admin, near)
+def is_own_address(balancer: Balancer, bind: Bind, near: str | None, bound: Iterable[str]) -> bool:
+    """What is sent there comes back to this balancer. `near`: the directory of relative paths, where it is known;
+    `bound`: where listeners really are, where that is known."""
+    own = own_addresses(balancer.services, balancer.admin, near, bound)
     return any(is_same_address(resolved(bind, near), one) for one in own)
 
 
-def own_addresses(services: tuple[Service, ...], admin: str | None, near: str | None) -> list[Bind]:
+def own_addresses(
+    services: tuple[Service, ...], admin: str | None, near: str | None, bound: Iterable[str] = ()
+) -> list[Bind]:
     typed = [one for service in services for one in service.listen]
-    return [resolved(parse_bind(one), near) for one in (*typed, *([admin] if admin else ()))]
+    return [resolved(parse_bind(one), near) for one in (*typed, *([admin] if admin else ()), *bound)]
+
+
+def bound_addresses(listeners: Iterable[socket.socket]) -> tuple[str, ...]:
+    """Where they really are, which fd:// and names do not say."""
+    return tuple(str(one) for listener in listeners if (one := _bound(listener)) is not None)
+
+
+def _bound(listener: socket.socket) -> Bind | None:
+    """None: it has no path, or one from a directory that only who bound it knows."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        is_known = isinstance(name, str) and name.startswith("/")
+        return Bind(kind="unix", path=name) if is_known else None
+    return Bind(kind="tcp", host=name[0], port=name[1])
+
+
+def is_vague(listener: Bind) -> bool:
+    """Where it will be is known when it is bound."""
+    return listener.kind == "fd" or listener.is_any_port or (listener.kind == "tcp" and _ip(listener.host) is None)
+
+
+def refuse_own_backends(balancer: Balancer, near: str, bound: Collection[str]) -> None:
+    """Of a configuration whose listeners are bound. Raises HandoffError."""
+    own = [resolved(parse_bind(one), near) for one in bound]
+    for service in balancer.services:
+        for backends in service.pools.values():
+            for backend in backends:
+                bind = resolved(parse_bind(backend.address), near)
+                if any(is_same_address(bind, one) for one in own):
+                    raise HandoffError(f"service {service.name}: {backend.address} {IS_OWN}")
 
 
 def resolved(bind: Bind, near: str | None) -> Bind:

@@ -53,6 +53,7 @@ from lb.core.overrides import (
 )
 from lb.core.reloading import taken_in_place
 from lb.core.standing import Administrative
+from lb.own_addresses import IS_OWN
 
 MAXIMUM_FENCE_LENGTH = 256
 COUNT_SECONDS = 0.05
@@ -230,6 +231,7 @@ class Commands:
 
     async def _add(self, request: Add) -> Answer:
         controller = self._controller
+        await controller.listeners_known()
         service, pool = find_pool(controller.balancer, request.pool)
         backend = Backend(
             name=request.name,
@@ -265,7 +267,7 @@ class Commands:
         if len(members) >= MAXIMUM_BACKENDS:
             raise Refusal(REFUSED, f"the pool has {len(members)} backends, the most there may be; nothing changed")
         if self._controller.is_own(backend.address):
-            raise Refusal(USAGE, f"{backend.address} is an address that this balancer listens on itself")
+            raise Refusal(USAGE, f"{backend.address} {IS_OWN}")
 
     async def _remove(self, request: Remove) -> Answer:
         controller = self._controller
@@ -297,7 +299,8 @@ class Commands:
 
     async def _apply(self, request: Apply) -> Answer:
         controller = self._controller
-        wanted = parse_config(request.text, request.shown, near=".")
+        await controller.listeners_known()
+        wanted = parse_config(request.text, request.shown, near=".", bound=controller.relays.bound)
         refuse_missing(wanted, request.shown, ".")
         effective, notes = taken_in_place(controller.balancer, wanted)
         before = {service.name: service for service in controller.balancer.services}

@@ -37,7 +37,7 @@ from lb.core.overrides import Overrides, expired, later, next_expiry, retired, s
 from lb.core.standing import Administrative
 from lb.core.table import Closing, Endpoint, Table
 from lb.core.wire import TABLE_NAME
-from lb.own_addresses import is_own_address
+from lb.own_addresses import is_own_address, is_vague, own_addresses
 from lb.page import CURRENT, Page
 
 TICK_SECONDS = 1.0
@@ -294,9 +294,15 @@ class Controller:
         service = self.service(one.service) if one is not None else None
         return (one, service) if one is not None and service is not None else None
 
+    async def listeners_known(self) -> None:
+        """Where the file does not tell it, a relay worker does: wait for one, shortly after our start."""
+        listeners = own_addresses(self.balancer.services, None, None)
+        if any(map(is_vague, listeners)):
+            await self.wait_for(lambda: bool(self.relays.bound), max(0.0, self._all_deadline - time.monotonic()))
+
     def is_own(self, address: str) -> bool:
         """What is sent there comes back to us."""
-        return is_own_address(self.balancer, parse_bind(address), ".")
+        return is_own_address(self.balancer, parse_bind(address), ".", self.relays.bound)
 
     def _expire(self) -> None:
         overrides, notes = expired(self.overrides, time.time())

@@ -59,6 +59,8 @@ class Relays:
         self._latest: tuple[int, bytes] | None = None
         self.seen: dict[int, int] = {}
         """Rows of the page, and the pids that said they were theirs."""
+        self.bound: tuple[str, ...] = ()
+        """Where the listeners of this generation really are, as a relay worker has said it."""
         self.watcher: Listener | None = None
 
     async def open(self) -> None:
@@ -117,6 +119,8 @@ class Relays:
             peer.hello = message
             if 0 < message.row < ROWS:
                 self.seen[message.row] = peer.pid
+            if message.generation == self._generation:
+                self.bound = message.bound
             self._watch(peer.pid)
             if self._latest is not None:
                 peer.offer(self._latest[1])

@@ -29,6 +29,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     slot: int
     row: int
     """Its row in the page of connections."""
+    bound: tuple[str, ...] = ()
+    """Where its listeners really are; empty: of a release that does not say it."""
 
 
 class Taken(msgspec.Struct, frozen=True, kw_only=True, tag="taken"):

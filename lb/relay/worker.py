@@ -20,6 +20,7 @@ from lb.core.closing import due_now
 from lb.core.model import Balancer
 from lb.core.table import Table
 from lb.core.wire import PAGE_NAME, Hello
+from lb.own_addresses import bound_addresses, refuse_own_backends
 from lb.page import Page
 from lb.relay.acceptor import Acceptor
 from lb.relay.access_log import AccessLog
@@ -51,13 +52,15 @@ def main(worker: Worker) -> None:
     page = Page(directory / PAGE_NAME)
     page.take_row()
     first_table = partial(initial_table, arguments.balancer, worker.generation, directory, Path(arguments.state))
-    first_table()  # what is wrong with it fails the boot
+    first_table()  # what is wrong with it fails the boot, as does what is wrong with the listeners below
     names = {service.name for service in arguments.balancer.services}
     listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
+    bound = bound_addresses(listeners.values())
+    refuse_own_backends(arguments.balancer, ".", bound)
     if worker.ready(adopts=True):
         gc.freeze()  # connections leave no cycles: what is looked through again and again is what lives long
         gc.set_threshold(50_000, 50, 50)
-        relays = RelayWorker(worker, page, first_table, directory, arguments.balancer)
+        relays = RelayWorker(worker, page, first_table, directory, arguments.balancer, bound)
         relays.serve(listeners)
     page.close()
 
@@ -71,9 +74,16 @@ class RelayWorker:
     """The engine, its link to the controller, and the drain."""
 
     def __init__(
-        self, worker: Worker, page: Page, first_table: Callable[[], Table], directory: Path, balancer: Balancer
+        self,
+        worker: Worker,
+        page: Page,
+        first_table: Callable[[], Table],
+        directory: Path,
+        balancer: Balancer,
+        bound: tuple[str, ...] = (),
     ) -> None:
-        """`first_table`: what stands in the files, while no controller of this generation has sent a table."""
+        """`first_table`: what stands in the files, while no controller of this generation has sent a table. `bound`:
+        where the listeners are."""
         table = first_table()
         assert page.row is not None
         self._worker = worker
@@ -84,7 +94,7 @@ class RelayWorker:
         self._loop = Loop()
         self._log = AccessLog(sys.stdout.fileno()) if balancer.access_log else None
         self._unready_seconds = balancer.unready_seconds
-        hello = Hello(pid=os.getpid(), generation=worker.generation, slot=worker.slot, row=page.row)
+        hello = Hello(pid=os.getpid(), generation=worker.generation, slot=worker.slot, row=page.row, bound=bound)
         self._link = Link(
             self._loop,
             directory,

@@ -134,6 +134,11 @@ def test_redis_with_its_own_client_while_relay_workers_are_replaced(tmp_path: Pa
             assert ask("get", "big") == big
 
 
+def applied(service: Balancer, text: str) -> subprocess.CompletedProcess[str]:
+    service.write(text)
+    return service.lb("apply")
+
+
 def test_a_server_that_is_passed_as_an_fd(tmp_path: Path) -> None:
     """`fd://N`: what a parent has bound."""
     with http_backends(tmp_path, "a") as servers, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -144,4 +149,15 @@ def test_a_server_that_is_passed_as_an_fd(tmp_path: Path) -> None:
             assert service.port == listener.getsockname()[1]
             assert service.body() == "a /"
             assert service.ask({"type": "reload"})["exit_code"] == 0
+            assert service.body() == "a /"
+            own = f"127.0.0.1:{service.port}"
+            for added in (
+                service.lb("add", "shop/main", f"x={own}"),
+                applied(service, text.replace("[{", f'["{own}", {{')),
+            ):
+                assert added.returncode == 2, added
+                assert f"{own} is an address that this balancer listens on itself" in added.stderr
+            answer = service.ask({"type": "reload"})
+            assert answer["exit_code"] == 3
+            assert f"service shop: {own} is an address that this balancer listens on itself" in answer["message"]
             assert service.body() == "a /"

@@ -90,8 +90,8 @@ async def controller(
 class FakeRelay:
     """Takes what it is sent, and says so unless told not to."""
 
-    def __init__(self, directory: Path, generation: int = 1, slot: int = 0) -> None:
-        self.directory, self.generation, self.slot = directory, generation, slot
+    def __init__(self, directory: Path, generation: int = 1, slot: int = 0, bound: tuple[str, ...] = ()) -> None:
+        self.directory, self.generation, self.slot, self.bound = directory, generation, slot, bound
         self.tables: list[Table] = []
         self.says_taken = True
         self._changed = asyncio.Event()
@@ -101,7 +101,7 @@ class FakeRelay:
 
     async def connect(self) -> None:
         self._reader, self.writer = await asyncio.open_unix_connection(str(self.directory / SOCKET_NAME))
-        self.say(Hello(pid=os.getpid(), generation=self.generation, slot=self.slot, row=self.row))
+        self.say(Hello(pid=os.getpid(), generation=self.generation, slot=self.slot, row=self.row, bound=self.bound))
         self._task = asyncio.ensure_future(self._read())
 
     def say(self, message: FromRelay) -> None:
@@ -143,8 +143,10 @@ class FakeRelay:
 
 
 @contextlib.asynccontextmanager
-async def relay(directory: Path, generation: int = 1, slot: int = 0) -> AsyncIterator[FakeRelay]:
-    made = FakeRelay(directory, generation, slot)
+async def relay(
+    directory: Path, generation: int = 1, slot: int = 0, bound: tuple[str, ...] = ()
+) -> AsyncIterator[FakeRelay]:
+    made = FakeRelay(directory, generation, slot, bound)
     await made.connect()
     try:
         yield made

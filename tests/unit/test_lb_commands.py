@@ -378,6 +378,41 @@ def test_a_backend_that_is_the_balancer_itself_is_not_added(tmp_path: Path) -> N
     run(test)
 
 
+def test_where_the_relay_workers_really_listen_is_no_backend_either(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with (
+            backend() as blue,
+            controller(config(blue), tmp_path) as running,
+            relay(running.directory, generation=7, bound=("127.0.0.1:9",)),
+            relay(running.directory, bound=("127.0.0.1:7", "unix:/run/own.sock")) as one,
+        ):
+            await one.table(is_up)
+            for address in ("127.0.0.1:7", "unix:/run/../run/own.sock"):
+                status, answer = await command(running, "add", pool="shop/blue", name="x", address=address)
+                assert (status, answer["exit_code"]) == (400, 2)
+                assert answer["message"] == f"{address} is an address that this balancer listens on itself"
+            status, answer = await command(running, "apply", text=config(blue, 7), shown="lb.toml")
+            assert (status, answer["exit_code"]) == (400, 2)
+            assert answer["message"].startswith("lb.toml: line 9: 127.0.0.1:7 is an address that this balancer")
+            status, _ = await command(running, "add", pool="shop/blue", name="x", address="127.0.0.1:9")
+            assert status == 200, "of another generation"
+
+    run(test)
+
+
+def test_who_adds_before_a_relay_worker_has_told_where_it_listens_waits_for_that(tmp_path: Path) -> None:
+    async def test() -> None:
+        text = config().replace('"127.0.0.1:1"', '"fd://3"')
+        async with controller(text, tmp_path) as running:
+            adding = asyncio.ensure_future(command(running, "add", pool="shop/blue", name="x", address="127.0.0.1:7"))
+            await status_of(running)
+            async with relay(running.directory, bound=("127.0.0.1:7",)):
+                status, answer = await adding
+            assert (status, answer["exit_code"]) == (400, 2)
+
+    run(test)
+
+
 def test_changes_hold_without_a_disk_and_say_that_they_are_not_durable(tmp_path: Path) -> None:
     async def test() -> None:
         (tmp_path / "state").write_text("a file where a directory should be")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from handoff.addresses import parse_bind
-from handoff.errors import UsageError
+from handoff.errors import HandoffError, UsageError
 from lb.check_files import refuse_missing
 from lb.config import parse_config
 from lb.core.model import Backend, Balancer, Check, Service, Timeouts
-from lb.own_addresses import is_same_address
+from lb.own_addresses import bound_addresses, is_same_address, refuse_own_backends
 from lb.positions import Positions
 
 FULL = """
@@ -211,6 +211,23 @@ def test_an_admin_address_whose_name_is_unknown_is_left_to_who_binds_it(monkeypa
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     parse_config(FULL.replace("127.0.0.1:8404", "outside:8404"), "lb.toml", looks_up=True)
+
+
+def test_bound_listeners_tell_where_they_really_are(tmp_path: Path) -> None:
+    path = str(tmp_path / "own.sock")
+    with socket.create_server(("127.0.0.1", 0)) as inet, socket.create_server(("::1", 0), family=socket.AF_INET6) as v6:
+        ports = inet.getsockname()[1], v6.getsockname()[1]
+        with socket.socket(socket.AF_UNIX) as unix, socket.socket(socket.AF_UNIX) as nameless:
+            unix.bind(path)
+            nameless.bind("")
+            bound = bound_addresses([inet, v6, unix, nameless])
+    assert bound == (f"127.0.0.1:{ports[0]}", f"[::1]:{ports[1]}", f"unix:{path}")
+    for address in bound:
+        own = Service(
+            name="shop", listen=("fd://3",), pools={"main": (Backend(name="x", address=address),)}, active="main"
+        )
+        with pytest.raises(HandoffError, match=r"service shop: .* is an address that this balancer listens on itself"):
+            refuse_own_backends(Balancer(name="edge", services=(own,)), ".", bound)
 
 
 def test_behind_a_listener_on_all_addresses_none_of_this_machine_is_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
