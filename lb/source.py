@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import msgspec
 
 from handoff.env_file import read_small_file
 from handoff.errors import UsageError
+from handoff.option_table import is_service_name, shown_value
 from lb.config import parse_config, read_table
 from lb.core.algorithms import ALGORITHMS
 from lb.core.model import TYPED, Balancer
@@ -39,6 +41,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     send_proxy: str | None = None
 
 
+_SAY_NAME = "repair it, or say with --name which balancer is meant"
 _OVERRIDES = ("name", "relays", "admin", "state")
 _INSTEAD_OF_A_FILE = ("listen", "backend", "algorithm", "check", "send_proxy")
 
@@ -80,6 +83,21 @@ def load(source: Source, shown: str | None = None) -> Balancer:
         read_table({"balancer": given, "service": [service]}, TYPED, is_whole=False)
     balancer = parse_config(read_small_file(source.file, shown), shown, given, near, looks_up=True)
     return msgspec.structs.replace(balancer, typed=tuple(given))
+
+
+def name_of(file: str) -> str:
+    """Of the balancer that a file describes, whatever else in it is wrong. Raises UsageError, one line."""
+    try:
+        table = tomllib.loads(read_small_file(file, file))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file}: {str(error)[:1].lower()}{str(error)[1:]}; {_SAY_NAME}") from None
+    except UsageError as error:
+        raise UsageError(f"{error.message}; {_SAY_NAME}") from None
+    own = table.get("balancer", {})
+    name = own.get("name", DEFAULT_NAME) if isinstance(own, dict) else None
+    if not isinstance(name, str) or not is_service_name(name):
+        raise UsageError(f"{file}: {shown_value(own if name is None else name)} is no name of a balancer; {_SAY_NAME}")
+    return name
 
 
 def words(source: Source) -> list[str]:

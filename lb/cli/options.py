@@ -13,7 +13,7 @@ from handoff.cli.options import Duration
 from handoff.durations import MAX_DURATION_SECONDS
 from handoff.errors import UsageError
 from handoff.run_directory import RunDirectory, locate, run_directory_root
-from lb.source import DEFAULT_FILE, DEFAULT_NAME, Source, load
+from lb.source import DEFAULT_FILE, DEFAULT_NAME, name_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,7 +40,7 @@ def change_options(command: F) -> F:
 def find_balancer(name: str | None, run_dir: str | None) -> RunDirectory:
     """The running balancer that a command means. Raises HandoffError (no such service)."""
     if name is None:
-        name = load(Source(file=DEFAULT_FILE)).name if os.path.exists(DEFAULT_FILE) else DEFAULT_NAME
+        name = name_of(DEFAULT_FILE) if os.path.exists(DEFAULT_FILE) else DEFAULT_NAME
     return locate(name, run_directory_root(run_dir, os.environ, os.geteuid()))
 
 

@@ -289,6 +289,35 @@ def test_without_a_name_the_balancer_is_that_of_the_file_here(
     assert capfd.readouterr().err.startswith("handoff: error: no service named edge in ")
 
 
+def test_its_name_is_read_from_a_file_that_is_wrong_otherwise(
+    place: Path, lb: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "lb.toml").write_text(FILE.replace("listen", "listne"))
+    assert lb("status") == 5
+    assert capfd.readouterr().err.startswith("handoff: error: no service named edge in ")
+    (place / "lb.toml").write_text(FILE.replace('[balancer]\nname = "edge"\n', "").replace("listen", "listne"))
+    assert lb("status") == 5
+    assert capfd.readouterr().err.startswith("handoff: error: no service named lb in ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[balancer\n", "lb.toml: expected ']' at the end of a table declaration (at line 1, column 10)"),
+        ("[balancer]\nname = 3\n", "lb.toml: 3 is no name of a balancer"),
+        ('balancer = "lb"\n', 'lb.toml: "lb" is no name of a balancer'),
+    ],
+)
+def test_where_its_name_cannot_be_read_a_command_asks_for_it(
+    place: Path, admin: Admin, lb: Callable[..., int], capfd: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (place / "lb.toml").write_text(text)
+    assert lb("drain", "shop/b1") == 2
+    error = f"handoff: error: {said}; repair it, or say with --name which balancer is meant\n"
+    assert capfd.readouterr() == ("", error)
+    assert lb("drain", "shop/b1", "--name", "lb") == 0
+
+
 def test_a_balancer_is_found_by_its_name_and_directory(
     place: Path, lb: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
