@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from lb.config import parse_config
 from lb.core.admin import Add, Apply, Drain, Maint, Ready, Remove, Request, Rollback, Switch, Weight
 from lb.source import DEFAULT_FILE, split_backend
 
+_NEGATIVE = re.compile(r"-[0-9]+")
 _UNTIL = click.option("--until", type=Duration(), metavar="D", help="It is undone after so long.")
 _DEADLINE = click.option(
     "--deadline",
@@ -66,7 +68,15 @@ def maint(server: str, wait: bool, timeout: float | None, until: float | None, *
     return _change(Maint, of, server=server, wait_seconds=waiting(wait, timeout), until_seconds=until)
 
 
-@click.command()
+class _TakesNegative(click.Command):
+    """A negative number is an argument, and no option: what is wrong with it is the controller's to say."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.ignore_unknown_options = any(_NEGATIVE.fullmatch(one) for one in args)
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_TakesNegative)
 @click.argument("server", metavar="SERVICE/SERVER")
 @click.argument("weight", type=int, metavar="N")
 @change_options

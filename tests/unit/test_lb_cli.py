@@ -141,6 +141,7 @@ def lb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         ("ready shop/b1 --wait --timeout 5s", Ready(server="shop/b1", wait_seconds=5.0)),
         ("maint shop/b1 --until 1h --why disk", Maint(server="shop/b1", until_seconds=3600.0, why="disk")),
         ("weight shop/b1 0", Weight(server="shop/b1", weight=0)),
+        ("weight shop/b1 -1 --why typo", Weight(server="shop/b1", weight=-1, why="typo")),
         ("add shop/blue b3=10.0.0.3:80", Add(pool="shop/blue", name="b3", address="10.0.0.3:80")),
         ("add shop/blue [::1]:80", Add(pool="shop/blue", name="[::1]:80", address="[::1]:80")),
         (
@@ -316,6 +317,14 @@ def test_where_its_name_cannot_be_read_a_command_asks_for_it(
     error = f"handoff: error: {said}; repair it, or say with --name which balancer is meant\n"
     assert capfd.readouterr() == ("", error)
     assert lb("drain", "shop/b1", "--name", "lb") == 0
+
+
+def test_an_unknown_option_of_weight_is_told_as_ever(
+    admin: Admin, lb: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lb("weight", "shop/b1", "3", "--wyh", "x") == 2
+    assert "No such option '--wyh'" in capfd.readouterr().err
+    assert admin.asked == []
 
 
 def test_a_balancer_is_found_by_its_name_and_directory(
