@@ -15,12 +15,13 @@ from pathlib import Path
 import msgspec
 
 from handoff import Worker
+from handoff.addresses import parse_bind
 from lb.control.stored import initial_table
 from lb.core.closing import due_now
 from lb.core.model import Balancer
 from lb.core.table import Table
 from lb.core.wire import PAGE_NAME, Hello
-from lb.own_addresses import bound_addresses, refuse_own_backends
+from lb.own_addresses import bound_addresses, is_vague, refuse_own_backends
 from lb.page import Page
 from lb.relay.acceptor import Acceptor
 from lb.relay.access_log import AccessLog
@@ -55,14 +56,21 @@ def main(worker: Worker) -> None:
     first_table()  # what is wrong with it fails the boot, as does what is wrong with the listeners below
     names = {service.name for service in arguments.balancer.services}
     listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
-    bound = bound_addresses(listeners.values())
-    refuse_own_backends(arguments.balancer, ".", bound)
+    refuse_own_backends(arguments.balancer, ".", bound_addresses(_vague(arguments.balancer, listeners)))
     if worker.ready(adopts=True):
         gc.freeze()  # connections leave no cycles: what is looked through again and again is what lives long
         gc.set_threshold(50_000, 50, 50)
-        relays = RelayWorker(worker, page, first_table, directory, arguments.balancer, bound)
+        relays = RelayWorker(
+            worker, page, first_table, directory, arguments.balancer, bound_addresses(listeners.values())
+        )
         relays.serve(listeners)
     page.close()
+
+
+def _vague(balancer: Balancer, listeners: Mapping[str, socket.socket]) -> list[socket.socket]:
+    """Those of which the file does not say where they are; the others were judged when it was read."""
+    typed = {f"{one.name}.{number}": text for one in balancer.services for number, text in enumerate(one.listen)}
+    return [listener for name, listener in listeners.items() if is_vague(parse_bind(typed[name]))]
 
 
 def _service_of(listener: str) -> str:
