@@ -211,12 +211,6 @@ class Attempt:
                 return
         self._header_is_done()
 
-    def _header_is_late(self) -> None:
-        if self._dispatcher.route.accept_proxy == "require" or self._first:
-            self.end("client", "no PROXY header in time")
-        else:
-            self._header_is_done()
-
     def _header_is_done(self) -> None:
         self._watch_client(0)
         self._begin_connecting()
