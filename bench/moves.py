@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import resource
+import select
 import socket
 import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,9 @@ class Watch:
         found: dict[str, Any] = json.loads(data)
         return found
 
-    def first(self, condition: Any, seconds: float = 60.0, not_before: float = 0.0) -> float:
-        """The time at which the status meets the condition for the first time. To ask is a load: first in so many
-        seconds."""
+    def first(self, condition: Any, seconds: float = 60.0) -> float:
+        """The time at which the status meets the condition for the first time. To ask is a load."""
         deadline = time.monotonic() + seconds
-        time.sleep(not_before)
         while not condition(self.status()):
             if time.monotonic() > deadline:
                 raise RuntimeError("the reload does not come to its end")
@@ -118,12 +118,11 @@ def idle(connections: int, loop: str, workers: int) -> dict[str, float]:
         time.sleep(_STEADY_SECONDS)
         reloading = threading.Thread(target=server.ask, args=("reload",))
         began = time.monotonic()
-        before = watch.status()["moves"]["adopted"]
+        old = watch.status()
+        before = old["moves"]["adopted"]
         reloading.start()
-        watch.first(lambda status: status["live"] == 2)
-        adopted = watch.first(
-            lambda status: status["moves"]["adopted"] - before >= connections, not_before=connections / 50_000
-        )
+        _wait_for_end([worker["pid"] for worker in old["generations"][0]["workers"]])
+        adopted = watch.first(lambda status: status["moves"]["adopted"] - before >= connections)
         watch.first(_is_alone)
         committed, gone = _logged(server, "generation=2", "to=live"), _logged(server, "generation=1", "to=gone")
         reloading.join()
@@ -140,6 +139,19 @@ def idle(connections: int, loop: str, workers: int) -> dict[str, float]:
         "steady_longest_answer_ms": probe.longest_ms(began - _STEADY_SECONDS, began),
         "longest_stall_ms": max(stalls),
     }
+
+
+def _wait_for_end(pids: Sequence[int], seconds: float = 60.0) -> None:
+    """Of these processes; waiting is no load."""
+    deadline = time.monotonic() + seconds
+    waiting = [os.pidfd_open(pid) for pid in pids]
+    for fd in waiting:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        has_ended = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
+        os.close(fd)
+        if not has_ended:
+            raise RuntimeError("the reload does not come to its end")
 
 
 def _logged(server: Handoff, *words: str) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
+import threading
+from typing import NoReturn
 
 from handoff.pacing import begin_pacing
 
@@ -27,6 +31,17 @@ def main() -> None:
         status = run_command()
     except KeyboardInterrupt:  # while all that is imported; later ones become click's Abort
         status = ExitCode.ABORTED
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    """The interpreter need not be taken apart: 15 ms of a processor, after a reload just when its connections move."""
+    if threading.active_count() == 1:
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):  # else the interpreter is to say what it says then
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     raise SystemExit(status)
 
 
