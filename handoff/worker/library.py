@@ -212,6 +212,16 @@ class Worker(_Identity):
         return False
 
     @property
+    def has_siblings(self) -> bool:
+        """Other workers take connections from us. The worker is readable when that changes."""
+        return self._outbox.takes(RAW)
+
+    @property
+    def is_crowded(self) -> bool:
+        """There was no room for the fds of another connection, which waits: ask `adopted` now and then."""
+        return self._is_crowded
+
+    @property
     def has_unread(self) -> bool:
         """What was handed over, by us or by others, is not all adopted and counted (`connections`, or the next
         `wait`) by its receiver yet."""

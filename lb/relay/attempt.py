@@ -334,7 +334,9 @@ class Attempt:
 
     def _connect(self, target: Target) -> bool:
         """False: it failed at once, and another one may be tried. The target's place is ours."""
-        return self._has_begun(target, *connecting.begin(target, self._dispatcher.route.timeouts.silent_seconds))
+        silent_seconds = self._dispatcher.route.timeouts.silent_seconds
+        speaks = bool(self._first) or self._engine.is_spoken_to_first(self._dispatcher)
+        return self._has_begun(target, *connecting.begin(target, silent_seconds, speaks))
 
     def _has_begun(self, target: Target, server: socket.socket | None, failure: int) -> bool:
         """As `_connect`, with what `connecting.begin` has made of it."""

@@ -28,6 +28,8 @@ from lb.relay.relay import Closed, Limits, Relay, reset_at_close
 from lb.relay.targets import Target, Targets
 
 CLOSING_TICK_SECONDS = 0.05
+CLIENTS_FIRST = 100
+"""So many clients in a row that said something before their server did: the next one will, too."""
 
 _LOG = logging.getLogger("handoff.lb")
 
@@ -49,11 +51,13 @@ class AccessLog(Protocol):
 class Service:
     """What the engine keeps for one service."""
 
-    __slots__ = ("dispatcher", "is_plain", "limits", "name", "rules")
+    __slots__ = ("clients_first", "dispatcher", "is_plain", "limits", "name", "rules")
 
     def __init__(self, name: str, dispatcher: Dispatcher) -> None:
         self.name = name
         self.dispatcher = dispatcher
+        self.clients_first = 0
+        """Clients in a row, the newest ones, that spoke before their server did."""
         self.take(dispatcher.route)
 
     def take(self, route: Route) -> None:
@@ -162,7 +166,8 @@ class Engine:
             return False
         if target is None:
             return False
-        server, failure = connecting.begin(target, dispatcher.route.timeouts.silent_seconds)
+        speaks = service.clients_first >= CLIENTS_FIRST
+        server, failure = connecting.begin(target, dispatcher.route.timeouts.silent_seconds, speaks)
         if failure or server is None:
             attempt = Attempt(client, peer, dispatcher, self, loop)
             self._attempts.add(attempt)
@@ -193,9 +198,20 @@ class Engine:
         if target.has_failed:
             target.has_failed = False
             self._listening.recovered(target.endpoint.identity)
-        relay = Relay(client, server, self._loop, context.service.limits, self._relayed, first, taken, context)
+        limits, answered = context.service.limits, self._answered
+        relay = Relay(client, server, self._loop, limits, self._relayed, first, taken, context, on_answer=answered)
         self.connections += 1
         target.relays.add(relay)
+
+    def is_spoken_to_first(self, dispatcher: Dispatcher) -> bool:
+        """From an attempt: a server will most likely hear something before it says anything."""
+        route = dispatcher.route
+        return route.send_proxy != "off" or self._services[route.service].clients_first >= CLIENTS_FIRST
+
+    def _answered(self, relay: Relay, is_first: bool) -> None:
+        """From a relay: its server has spoken, and was the first, or was not."""
+        service: Service = relay.context.service
+        service.clients_first = 0 if is_first else service.clients_first + 1
 
     def connect_failed(self, target: Target, reason: str) -> None:
         """From an attempt."""

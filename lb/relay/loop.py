@@ -75,6 +75,10 @@ class Loop:
             self._epoll.register(fd, mask)
             callbacks[fd] = callback
 
+    def call(self, fd: int, callback: Callback) -> None:
+        """From now on call another one back, for the same events of an fd that is watched."""
+        self._callbacks[fd] = callback
+
     def close(self, sock: socket.socket) -> None:
         """At the end of this turn, which leaves epoll as well: the number must not mean another socket before that."""
         fd = sock.fileno()

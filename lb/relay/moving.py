@@ -41,6 +41,7 @@ class Moving:
         """`service_at`: the one whose listener a client came by."""
         self._worker, self._engine, self._loop = worker, engine, loop
         self._service_at = service_at
+        self._is_balancing = False
         self._shown: int | None = None
         """Connections here, as the others know them; None: to be told, even if there are as many as before."""
         self._sent: list[Target] = []
@@ -60,8 +61,11 @@ class Moving:
         if connections != self._shown:
             self._shown = self._worker.connections = connections
 
-    def begin_balancing(self) -> None:
-        self._balance()
+    def may_balance(self) -> None:
+        """Begin with it if it is of use: there may be siblings now, or no fds for what comes. Who is alone sleeps: each
+        look is a tenth of a millisecond in which nobody is served."""
+        if not self._is_balancing:
+            self._balance()
 
     # --- out --------------------------------------------------------------------------------------------------------
 
@@ -87,13 +91,16 @@ class Moving:
                 yield relay
 
     def _balance(self) -> None:
-        if self._worker.draining:
+        worker = self._worker
+        is_of_use = bool(worker.has_siblings or worker.is_crowded or self._sent)
+        self._is_balancing = is_of_use and not worker.draining
+        if not self._is_balancing:
             return
         self._loop.timers.call_at(self._loop.now + BALANCE_SECONDS, self._balance)
         self._uncount()
         self.adopt_some()  # those that no fds were left for
         self.show()
-        surplus = self._worker.surplus()
+        surplus = worker.surplus()
         for _, relay in zip(range(surplus), self._engine.relays(), strict=False):
             if not self._hand_over(relay):
                 return

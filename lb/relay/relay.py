@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from lb.relay.flow import Flow, FlowState, Result
-from lb.relay.loop import ENDING, ERROR, FAILING, ONCE, READ, READABLE, URGENT, WRITABLE, WRITE, Loop
+from lb.relay.loop import DATA, ENDING, ERROR, FAILING, ONCE, READ, READABLE, URGENT, WRITABLE, WRITE, Loop
 from lb.relay.timers import PATIENT_SECONDS
 
 RESET_SECONDS = 2.0
@@ -84,7 +84,18 @@ class Relay:
 
     __slots__ = (
         *("_client", "_client_mask", "_down", "_ending_at", "_is_closed", "_is_gone", "_limits"),
-        *("_loop", "_look_at", "_on_close", "_resetting", "_server", "_server_mask", "_shut_at", "_up", "began_at"),
+        *(
+            "_loop",
+            "_look_at",
+            "_on_answer",
+            "_on_close",
+            "_resetting",
+            "_server",
+            "_server_mask",
+            "_shut_at",
+            "_up",
+            "began_at",
+        ),
         *("bucket", "context"),
     )
 
@@ -99,15 +110,17 @@ class Relay:
         taken: int = 0,
         context: Any = None,
         moved: tuple[RelayState, Sequence[int]] | None = None,
+        on_answer: Callable[[Relay, bool], None] | None = None,
     ) -> None:
         """`first`: bytes for the server that go before what the client sends; `taken` of them are the client's.
-        `context`: the owner's. `moved`: where another process was, and the ends of its pipes, which are ours now."""
+        `context`: the owner's. `moved`: where another process was, and the ends of its pipes, which are ours now.
+        `on_answer`: is told when the server first says something, and whether the client had said nothing before."""
         self.context = context
         self.bucket: int | None = None
         self._client, self._server = client, server
         self._up = Flow(client, server, client.family != _UNIX, loop, self)
         self._down = Flow(server, client, server.family != _UNIX, loop, self)
-        self._loop, self._limits, self._on_close = loop, limits, on_close
+        self._loop, self._limits, self._on_close, self._on_answer = loop, limits, on_close, on_answer
         self._is_closed = self._is_gone = False
         self._resetting: socket.socket | None = None
         """It is to see a reset, when all that was sent to it is acknowledged: a reset throws away what is not."""
@@ -124,7 +137,7 @@ class Relay:
             self._client_mask = client_mask = ONCE if self._up.is_quick else READ
             self._server_mask = server_mask = ONCE if self._down.is_quick else READ
             loop.watch(client.fileno(), client_mask, self._up.event)
-            loop.watch(server.fileno(), server_mask, self._down.event)
+            loop.watch(server.fileno(), server_mask, self._down.event if on_answer is None else self._answered)
         elif self._resetting is None:
             self._watch()
         if limits.is_patient and moved is None:
@@ -172,6 +185,14 @@ class Relay:
             self._resetting = self._client if state.resetting == "client" else self._server
 
     # --- events -----------------------------------------------------------------------------------------------------
+
+    def _answered(self, mask: int) -> None:
+        """The first event at the server."""
+        assert self._on_answer is not None
+        self._loop.call(self._server.fileno(), self._down.event)
+        if mask & DATA:
+            self._on_answer(self, not self._up.total)
+        self._down.event(mask)
 
     def event(self, flow: Flow, mask: int) -> None:
         """At the source of a flow, which is the sink of the other one."""

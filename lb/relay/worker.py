@@ -127,7 +127,7 @@ class RelayWorker:
         for acceptor in self._acceptors.values():
             acceptor.open()
         loop.watch(worker.fileno(), READ, self._worker_event)
-        self._moving.begin_balancing()
+        self._moving.may_balance()
         self._is_draining = worker.draining
         while not self._is_draining:
             self._turn(None)
@@ -192,6 +192,7 @@ class RelayWorker:
         if self._worker.is_orphan:
             self._close_listeners()
         self._moving.adopt_some()
+        self._moving.may_balance()
 
     def _be_unready(self) -> None:
         """The service stops: whoever asks `/readyz` hears that first, and sends nobody any more."""

@@ -20,11 +20,13 @@ from handoff.core.proxy_protocol import encode_v1, encode_v2
 from lb.core.model import Timeouts
 from lb.core.table import Closing, Endpoint, Route, Table
 from lb.page import CURRENT, FAILED, RECEIVED_BYTES, RESET, SENT_BYTES, TOTAL, Page
+from lb.relay import connecting
 from lb.relay.acceptor import Acceptor
 from lb.relay.access_log import AccessLog
-from lb.relay.engine import Engine
+from lb.relay.engine import CLIENTS_FIRST, Engine
 from lb.relay.loop import Loop
 from lb.relay.relay import Relay
+from lb.relay.targets import Target
 
 DEADLINE_SECONDS = 20.0
 
@@ -215,6 +217,67 @@ def test_a_connection_is_relayed_counted_and_logged(rig: Rig) -> None:
     (line,) = rig.lines()
     assert (line["service"], line["backend"], line["end"]) == ("shop", "a", "--")
     assert (line["sent_bytes"], line["received_bytes"]) == (8, 6)
+
+
+@pytest.fixture
+def spoken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a server was to hear something first, for each connection that was begun."""
+    found: list[bool] = []
+    begin = connecting.begin
+
+    def noted(target: Target, silent_seconds: float | None, speaks: bool) -> tuple[socket.socket | None, int]:
+        found.append(speaks)
+        return begin(target, silent_seconds, speaks)
+
+    monkeypatch.setattr(connecting, "begin", noted)
+    return found
+
+
+def exchange(rig: Rig, backend: Backend, is_server_first: bool) -> None:
+    number = len(backend.accepted)
+    client = rig.client(b"" if is_server_first else b"question")
+    rig.until(lambda: backend.look() > number, "the backend has it")
+    if not is_server_first:
+        assert rig.read(backend.accepted[number], 8) == b"question"
+    backend.accepted[number].send(b"answer")
+    assert rig.read(client, 6) == b"answer"
+    client.close()
+    backend.accepted[number].close()
+
+
+def test_a_server_whose_clients_all_speak_first_hears_the_handshakes_end_with_what_they_say(
+    rig: Rig, spoken: list[bool]
+) -> None:
+    backend = rig.backend()
+    rig.serve(endpoint(backend))
+    for _ in range(CLIENTS_FIRST + 1):
+        exchange(rig, backend, is_server_first=False)
+    assert spoken == [False] * CLIENTS_FIRST + [True]
+    exchange(rig, backend, is_server_first=True)  # after all: it is only later that it hears of its client
+    exchange(rig, backend, is_server_first=False)
+    assert spoken[-2:] == [True, False]
+
+
+@pytest.mark.parametrize("is_server_first", [True, False])
+def test_a_server_that_is_told_the_clients_address_always_hears_something_first(
+    rig: Rig, spoken: list[bool], is_server_first: bool
+) -> None:
+    backend = rig.backend()
+    rig.serve(endpoint(backend), send_proxy="v2")
+    rig.client(b"" if is_server_first else b"question")
+    rig.until(backend.look, "the backend has it")
+    assert rig.read(backend.accepted[0], 16).startswith(b"\r\n\r\n\0\r\nQUIT\n")
+    assert spoken == [True]
+
+
+def test_a_server_that_closes_at_once_says_nothing_of_who_speaks_first(rig: Rig) -> None:
+    backend = rig.backend()
+    rig.serve(endpoint(backend))
+    client = rig.client()
+    rig.until(backend.look, "the backend has it")
+    reset(backend.accepted[0])
+    assert rig.read(client) == b"reset"
+    assert rig.engine._services["shop"].clients_first == 0
 
 
 def test_a_backend_on_a_unix_socket(rig: Rig, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class Post:
         self.letters: list[tuple[list[int], bytes]] = []
         self.room = 1000
         self.draining = self.can_hand_over = True
-        self.has_unread = False
+        self.has_unread = self.has_siblings = self.is_crowded = False
         self.connections = 0
         self.above = 0
 
@@ -67,7 +67,8 @@ class Two:
 
     def moving(self, rig: Rig) -> Moving:
         worker: Any = self.post
-        assert {"hand_over", "adopted_fds", "surplus", "draining", "can_hand_over", "has_unread"} <= set(dir(Worker))
+        played = {"hand_over", "adopted_fds", "surplus", "draining", "can_hand_over", "has_unread"}
+        assert {*played, "has_siblings", "is_crowded"} <= set(dir(Worker))
         if rig not in self._moving:
             self._moving[rig] = Moving(worker, rig.engine, rig.loop, lambda _: self.service)
         return self._moving[rig]
@@ -293,7 +294,11 @@ def test_who_has_more_than_its_share_gives(two: Two) -> None:
         two.old.client()
     two.relayed(backend, 5)
     moving = two.moving(two.old)
-    moving.begin_balancing()
+    due_at = two.old.loop.timers.next_deadline()
+    moving.may_balance()
+    assert two.old.loop.timers.next_deadline() == due_at, "who is alone is not woken"
+    two.post.has_siblings = True
+    moving.may_balance()
     assert (two.post.connections, two.old.engine.connections, len(two.post.letters)) == (5, 3, 2)
     two.moving(two.new).adopt_some()
     assert two.new.engine.connections == 2

@@ -27,7 +27,7 @@ class Played:
 
     generation, slot = 1, 0
     draining = True
-    is_orphan = can_hand_over = may_adopt = has_unread = False
+    is_orphan = can_hand_over = may_adopt = has_unread = has_siblings = is_crowded = False
     connections = 0
     ending_listeners: frozenset[str] = frozenset()
 
