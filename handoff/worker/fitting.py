@@ -47,6 +47,8 @@ def check_log_file(settings: Settings) -> None:
 
 def check_passed_through(settings: Settings) -> None:
     """uvicorn takes values of any type, and fails with the first request. Raises BootFailure."""
+    if not settings.uvicorn:  # as mostly: hints take a while, and each boot would
+        return
     known = list(inspect.signature(Config.__init__).parameters)
     kinds = typing.get_type_hints(Config.__init__)
     for key, value in settings.uvicorn.items():
