@@ -12,6 +12,7 @@ from handoff.core.machine import IllegalTransition
 from handoff.core.respawn import STABLE_SECONDS, Respawn
 from handoff.core.vocabulary import (
     Action,
+    ClosedSaid,
     CompanionsWanted,
     FailedSaid,
     HelloSaid,
@@ -20,6 +21,7 @@ from handoff.core.vocabulary import (
     OpenedSaid,
     ProgressSaid,
     ReadySaid,
+    Said,
     Signal,
     StopRequested,
     Tick,
@@ -30,7 +32,6 @@ from handoff.core.worker import WorkerEvent, WorkerRecord, WorkerState
 
 _W = WorkerState
 
-Said = HelloSaid | ProgressSaid | ReadySaid | OpenedSaid | LeavingSaid | FailedSaid | WorkerBroke
 CompanionEvent = CompanionsWanted | StopRequested | Said | WorkerExited | Tick
 
 
@@ -97,6 +98,8 @@ class Companions:
                 case OpenedSaid():
                     deadline = now + STABLE_SECONDS if worker.state is _W.OPENING else worker.deadline
                     self.fleet.move(worker, WorkerEvent.OPENED, deadline=deadline)
+                case ClosedSaid():
+                    worker.has_closed = True
                 case LeavingSaid():
                     if worker.fills_slot:
                         worker.failure = event.reason

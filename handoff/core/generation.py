@@ -83,7 +83,8 @@ class CompanionTimings:
 
 @dataclass(slots=True)
 class GenerationRecord:
-    """What the supervisor knows of one generation. `deadline` is monotonic (the end of the probation)."""
+    """What the supervisor knows of one generation. `deadline` is monotonic (the end of the probation; of the
+    time that old workers have, after the commit, to say that they accept nobody any more)."""
 
     generation: int
     label: str
@@ -102,6 +103,8 @@ class GenerationRecord:
     is_squeezed: bool = False
     notes: list[str] = field(default_factory=list)
     """For the verdict of a commit."""
+    news: str = ""
+    """What that verdict will say."""
     respawns: dict[int, Respawn] = field(default_factory=dict)
 
     @property

@@ -54,6 +54,10 @@ class Opened(Message, frozen=True, tag="opened"):
     """Connections are accepted from now on."""
 
 
+class Closed(Message, frozen=True, tag="closed"):
+    """Of a drain: no connection is accepted here any more (a program that accepts by itself: it was told)."""
+
+
 class Leaving(Message, frozen=True, tag="leaving"):
     reason: str
 
@@ -161,7 +165,7 @@ class Report(Message, frozen=True, tag="report"):
     request: int
 
 
-WorkerMessage = Hello | Progress | Ready | Opened | Leaving | Failed | Holds
+WorkerMessage = Hello | Progress | Ready | Opened | Closed | Leaving | Failed | Holds
 MasterMessage = Boot | Open | Drain | Receivers | AlsoAccept | Report
 
 

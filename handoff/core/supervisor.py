@@ -14,6 +14,7 @@ from handoff.core.respawn import STABLE_SECONDS, Respawn
 from handoff.core.scaling import Scaling
 from handoff.core.vocabulary import (
     Action,
+    ClosedSaid,
     Committed,
     Event,
     Exit,
@@ -32,6 +33,7 @@ from handoff.core.vocabulary import (
     ProgressSaid,
     ReadySaid,
     ReloadRequested,
+    Said,
     ScaleRequested,
     Signal,
     StopRequested,
@@ -47,6 +49,8 @@ MAXIMUM_WORKERS = 256
 SQUEEZE_SECONDS = 2.0
 """What a generation that is one too many still has: connections move in a fraction of it (one that has only just begun
 to drain would lose them all), and short requests end."""
+CLOSED_SECONDS = 1.0
+"""How long the verdict of a commit waits for the word of the old workers that they accept nobody any more."""
 _ROUNDS = 50
 """Reconciling settles within a few rounds; more than this is our mistake."""
 
@@ -121,7 +125,7 @@ class Supervisor:
     def _said(
         self,
         worker: WorkerRecord,
-        event: HelloSaid | ProgressSaid | NotedSaid | ReadySaid | OpenedSaid | LeavingSaid | FailedSaid | WorkerBroke,
+        event: Said | NotedSaid,
         now: float,
     ) -> None:
         try:
@@ -142,6 +146,8 @@ class Supervisor:
                         worker, WorkerEvent.OPENED, deadline=now + STABLE_SECONDS if opening else worker.deadline
                     )
                     worker.has_accepted |= opening
+                case ClosedSaid():
+                    worker.has_closed = True
                 case LeavingSaid():
                     self._leaving(worker, event.reason, now)
                 case FailedSaid():
@@ -420,10 +426,13 @@ class Supervisor:
             case _G.LIVE:
                 self._populate(record, now)
                 self._retire_older(record, now)
+                self._confirm(record, now)
             case _G.RETIRING:
+                self._confirm(record, now)
                 if not any(worker.fills_slot for worker in self.fleet.workers_of(record.generation)):
                     self.fleet.move_generation(record, GenerationEvent.RETIRED)
             case _G.DRAINING | _G.ABORTING:
+                self._confirm(record, now)
                 self._wind_up(record, now)
             case _:
                 assert_never(record.state)
@@ -463,8 +472,27 @@ class Supervisor:
         text = f"generation {record.generation} is live"
         if opened < record.workers_wanted:
             text += f" with {opened} of {record.workers_wanted} workers; the others follow"
-        text = "; ".join((text, *record.notes))
-        self._give_verdict(record, ExitCode.DONE, text, now)
+        record.news = "; ".join((text, *record.notes))
+        record.deadline = now + CLOSED_SECONDS
+
+    def _confirm(self, record: GenerationRecord, now: float) -> None:
+        """Give the verdict of a commit: as soon as no new connection can reach the workers that drain."""
+        if record.committed_at is None or record.is_verdict_given:
+            return
+        silent = [
+            worker.worker
+            for worker in self.fleet.workers.values()
+            if worker.generation < record.generation and worker.state is _W.DRAINING and not worker.has_closed
+        ]
+        is_late = now >= record.committed_at + CLOSED_SECONDS
+        if silent and record.state is _G.LIVE and not is_late:
+            return
+        if silent and is_late:
+            numbers = ", ".join(map(str, silent))
+            record.news += f"; no word yet that the old worker accepts nobody any more: {numbers}"
+        if record.state is _G.LIVE:
+            record.deadline = None
+        self._give_verdict(record, ExitCode.DONE, record.news, now)
 
     def _populate(self, record: GenerationRecord, now: float) -> None:
         """Fill the slots that are missing, let in who is ready, and send away who is too many."""

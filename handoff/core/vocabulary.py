@@ -79,6 +79,13 @@ class OpenedSaid:
 
 
 @dataclass(slots=True, frozen=True)
+class ClosedSaid:
+    """It drains, and accepts nobody any more."""
+
+    worker: int
+
+
+@dataclass(slots=True, frozen=True)
 class NotedSaid:
     """Something that whoever waits for the verdict should know of."""
 
@@ -111,6 +118,10 @@ class WorkerBroke:
     reason: str
 
 
+Said = HelloSaid | ProgressSaid | ReadySaid | OpenedSaid | ClosedSaid | LeavingSaid | FailedSaid | WorkerBroke
+"""What workers and companions say."""
+
+
 @dataclass(slots=True, frozen=True)
 class WorkerExited:
     worker: int
@@ -138,14 +149,8 @@ Event = (
     | GenerationStopRequested
     | Prepared
     | PrepareFailed
-    | HelloSaid
-    | ProgressSaid
+    | Said
     | NotedSaid
-    | ReadySaid
-    | OpenedSaid
-    | LeavingSaid
-    | FailedSaid
-    | WorkerBroke
     | WorkerExited
     | Tick
 )

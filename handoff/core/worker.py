@@ -99,6 +99,8 @@ class WorkerRecord:
     failure: str = ""
     traceback: str = ""
     has_accepted: bool = False
+    has_closed: bool = False
+    """It drains, and said that it accepts nobody any more."""
     companion: str = ""
     """Its name, where this is a companion and not one of the service's workers."""
 

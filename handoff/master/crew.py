@@ -25,6 +25,7 @@ from handoff.core.dialects import (
 from handoff.core.messages import (
     SERVED_PROTOCOLS,
     Boot,
+    Closed,
     Failed,
     Hello,
     Holds,
@@ -37,6 +38,7 @@ from handoff.core.messages import (
     WorkerMessage,
 )
 from handoff.core.vocabulary import (
+    ClosedSaid,
     Event,
     FailedSaid,
     HelloSaid,
@@ -372,6 +374,8 @@ class Crew:
                 self._on_event(ProgressSaid(process.worker, message.step))
             case Opened():
                 self._on_event(OpenedSaid(process.worker))
+            case Closed():
+                self._on_event(ClosedSaid(process.worker))
             case Leaving():
                 self._on_event(LeavingSaid(process.worker, message.reason))
             case Failed():
@@ -470,5 +474,6 @@ def _tell_command(process: WorkerProcess, foreign: ForeignWorker, message: Messa
         case messages.Drain() if foreign.may_drain():
             name = process.boot.settings.drain_signal.removeprefix("SIG")
             process.send_number(signal.Signals[f"SIG{name}"])
+            foreign.closed()
         case messages.Report():
             process.holds = Holds(request=message.request, total=0, holds=())

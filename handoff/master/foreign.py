@@ -22,6 +22,7 @@ from handoff.core.dialects import (
     takes_stored_fds,
 )
 from handoff.core.vocabulary import (
+    ClosedSaid,
     Event,
     FailedSaid,
     HelloSaid,
@@ -156,6 +157,10 @@ class ForeignWorker:
 
     def opened(self) -> None:
         self._on_event(OpenedSaid(self.worker))
+
+    def closed(self) -> None:
+        """It was asked to drain; when it does, no dialect tells."""
+        self._on_event(ClosedSaid(self.worker))
 
     @property
     def is_ready(self) -> bool:

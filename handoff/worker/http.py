@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
 from typing import Any, cast
 
@@ -252,12 +252,16 @@ class HTTPService:
             self._adopter.stop()  # our replacement reads on, or the master
         foreign = await self._foreign_slots.close()
         # Together: who sees that nobody accepts here any more also sees its request announce the end.
-        await asyncio.gather(self._acceptors.stop(self._link.ending_listeners, foreign), self._send_away())
+        await asyncio.gather(self._stop_accepting(foreign), self._send_away())
         await self._until_idle()
         if not self._link.moves and self._adopts and not self._link.is_orphan:
             await self._until_nobody_sends()
         if state.connections or state.tasks:
             await self._cut_off()
+
+    async def _stop_accepting(self, foreign: Sequence[tuple[str, socket.socket, Server]]) -> None:
+        await self._acceptors.stop(self._link.ending_listeners, foreign)
+        self._link.closed()
 
     async def _until_nobody_sends(self) -> None:
         """The service stops: others may have handed over to us before they heard of it."""

@@ -64,6 +64,8 @@ class _Identity:
         self._claims = claims
         self._counters = counters
         self._is_ready = False
+        self._accepts_by_itself = True
+        """The program does, and not this library for it."""
 
     @property
     def listeners(self) -> Mapping[str, socket.socket]:
@@ -75,6 +77,11 @@ class _Identity:
     def draining(self) -> bool:
         """Take nothing new, finish what exists, and return from `main`."""
         self._link.read()
+        return self._is_told_to_drain()
+
+    def _is_told_to_drain(self) -> bool:
+        if self._link.is_draining and self._accepts_by_itself:
+            self._link.closed()
         return self._link.is_draining
 
     @property
@@ -237,7 +244,8 @@ class Worker(_Identity):
         Mostly 0, and always in a drain, in which everything is to be handed over.
         """
         self._given_to = []
-        if self.draining or not self._outbox.takes(RAW) or self.has_unread:
+        self._link.read()
+        if self._link.is_draining or not self._outbox.takes(RAW) or self.has_unread:
             return 0
         counts = {info.row: self._all_counters.read(info.row, CONNECTIONS) for info in self._outbox.receivers}
         counts[self._boot.counters_row] = self.connections
@@ -395,7 +403,7 @@ class AsyncWorker(_Identity):
 
     async def drained(self) -> None:
         """Wait until a drain is asked for."""
-        await self._until(lambda: self._link.is_draining)
+        await self._until(self._is_told_to_drain)
 
     async def serve(
         self, protocol_factory: Callable[[], asyncio.Protocol], listeners: Iterable[str] | None = None
@@ -411,6 +419,7 @@ class AsyncWorker(_Identity):
             if listener.type != socket.SOCK_STREAM:
                 raise ValueError(f"serve: listener {name} is UDP; give it to loop.create_datagram_endpoint(sock=…)")
         moves = makes_movable(protocol_factory)
+        self._accepts_by_itself = False
         self._factories = {name: partial(self._make, protocol_factory, name) for name in sockets}
         if not await self._ready(adopts=moves):
             return
@@ -431,6 +440,7 @@ class AsyncWorker(_Identity):
         if moves and self._link.moves:
             adopter.stop()  # our replacement reads on, or the master
         await acceptors.stop(self._link.ending_listeners, await self._foreign_slots.close())
+        self._link.closed()
         await self._until_empty()
         if moves and not self._link.moves and not self._link.is_orphan:
             await self._until_nobody_sends(adopter)

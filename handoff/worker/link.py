@@ -13,6 +13,7 @@ from handoff.core.messages import (
     PROTOCOL,
     AlsoAccept,
     Boot,
+    Closed,
     Drain,
     Hello,
     Holds,
@@ -42,6 +43,7 @@ class Link:
         self.drain_deadline: float | None = None
         self.orphan_drain_seconds = 0.0
         self.moves = True
+        self._is_closed = False
         self.ending_listeners: tuple[str, ...] = ()
         """Nobody accepts from these after us."""
         self.on_change: Callable[[], None] = lambda: None
@@ -129,6 +131,12 @@ class Link:
         deadline = time.monotonic() + seconds
         if self.drain_deadline is None or deadline < self.drain_deadline:
             self.drain_deadline = deadline
+
+    def closed(self) -> None:
+        """Tell that nobody is accepted any more."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.send(Closed())
 
     def leave(self, reason: str, seconds: float) -> None:
         """Drain because of something that the master did not ask for, and tell it."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from handoff.core.fleet import DRAIN_GRACE_SECONDS, NOW_GRACE_SECONDS, OPEN_SECONDS, STOP_GRACE_SECONDS
 from handoff.core.generation import GenerationState, Timings
 from handoff.core.respawn import delay_seconds
-from handoff.core.supervisor import Supervisor
+from handoff.core.supervisor import CLOSED_SECONDS, Supervisor
 from handoff.core.vocabulary import (
     Action,
+    ClosedSaid,
     Committed,
     Drain,
     Event,
@@ -68,6 +69,9 @@ class Process:
     has_ended: bool = False
     outbox: deque[Event] = field(default_factory=deque)
     """Under way to the master; an exit is always the last."""
+    has_closed: bool = False
+    """It said, in its drain, that it accepts nobody any more."""
+    is_closed_heard: bool = False
     is_ready_heard: bool = False
     is_opened_heard: bool = False
     opened_deadline: float | None = None
@@ -84,6 +88,10 @@ class Process:
         return self.drain_deadline is not None or self.signal_deadline is not None or self.is_killed
 
     @property
+    def is_sent_away_for_good(self) -> bool:
+        return self.signal_deadline is not None or self.is_killed or self.has_failed
+
+    @property
     def is_serving(self) -> bool:
         """As far as the master can know: it accepts, and nobody sent it away."""
         return self.is_opened_heard and not self.is_sent_away and not self.is_told_to_leave
@@ -97,7 +105,10 @@ class Process:
         """Do the next thing of its own accord. False where it has nothing to do."""
         if self.has_ended or self.is_hung:
             return False
-        if self.is_told_to_leave:
+        if self.drain_deadline is not None and not self.has_closed:
+            self.has_closed = True
+            self.outbox.append(ClosedSaid(self.worker))
+        elif self.is_told_to_leave:
             self.end("exited 0")
         elif self.said == 0:
             self._say(1, HelloSaid(self.worker))
@@ -128,7 +139,8 @@ class World:
         self.pins: set[int] = set()
         """What the master keeps: all that are not gone, and the one that a rollback goes back to."""
         self.live: int | None = None
-        self.committed: set[int] = set()
+        self.committed: dict[int, float] = {}
+        """When each generation was."""
         self.unbound: set[int] = set()
         self.forgotten: set[int] = set()
         self.asked: set[int] = set()
@@ -186,6 +198,8 @@ class World:
         elif isinstance(event, OpenedSaid) and process.opened_deadline is not None:
             process.is_opened_heard = True
             self.crashes.pop((process.generation, process.slot), None)
+        elif isinstance(event, ClosedSaid):
+            process.is_closed_heard = True
         elif isinstance(event, LeavingSaid):
             process.is_told_to_leave = True
         elif isinstance(event, FailedSaid | WorkerBroke) and not process.is_told_to_leave:
@@ -295,7 +309,7 @@ class World:
             case Committed():
                 assert action.previous == self.supervisor.previous
                 self.live = action.generation
-                self.committed.add(action.generation)
+                self.committed[action.generation] = self.now
                 self.pins &= {action.generation, action.previous or 0, *self.timings}
             case Unbind():
                 assert action.generation not in self.unbound, "unbound twice"
@@ -366,6 +380,16 @@ class World:
             assert request in self.asked, f"request {request} was never made"
             assert request not in self.answers, f"request {request} was answered twice"
             self.answers[request] = verdict
+        if verdict.message.startswith(f"generation {verdict.generation} is live") and verdict.generation == self.live:
+            self._check_commit(verdict.generation)
+
+    def _check_commit(self, generation: int) -> None:
+        """Who asked for it may rely on it: no new client gets to the old version."""
+        is_late = self.now >= self.committed[generation] + CLOSED_SECONDS
+        is_live = self.supervisor.fleet.generations[generation].state is GenerationState.LIVE
+        for process in self.processes.values():
+            if process.generation < generation and process.drain_deadline is not None and is_live and not is_late:
+                assert process.is_closed_heard or process.is_sent_away_for_good, f"{process} may accept still"
 
     # --- what must always hold --------------------------------------------------------------------------------------
 
@@ -414,6 +438,7 @@ def lies(process: Process) -> tuple[Event, ...]:
         HelloSaid(worker),
         ReadySaid(worker),
         OpenedSaid(worker),
+        ClosedSaid(worker),
         LeavingSaid(worker, "TERM"),
         FailedSaid(worker, "ImportError"),
         WorkerBroke(worker, "garbage"),

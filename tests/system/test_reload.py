@@ -182,6 +182,21 @@ def test_reloads_under_all_kinds_of_clients_lose_nothing(directory: Path, loop: 
         assert not clients.failures, f"{kind}: {len(clients.failures)} of {clients.done}: {clients.failures[:5]}"
 
 
+def test_a_verdict_comes_when_the_old_workers_accept_nobody_and_names_who_did_not_say_so(directory: Path) -> None:
+    with Service(directory, "-w", "2") as service:
+        frozen = service.workers()[0]
+        os.kill(frozen["pid"], signal.SIGSTOP)
+        done = service.reload()
+        os.kill(frozen["pid"], signal.SIGCONT)
+        assert done.returncode == 0, done.stderr
+        text = f"generation 2 is live; no word yet that the old worker accepts nobody any more: {frozen['worker']} ("
+        assert text in done.stdout
+        service.wait_for_generations(2)
+        done = service.reload()
+        assert done.returncode == 0, done.stderr
+        assert "generation 3 is live (" in done.stdout
+
+
 def test_the_number_of_workers_changes_in_the_same_reload(directory: Path) -> None:
     config = directory / "handoff.toml"
     config.write_text("workers = 1\n")

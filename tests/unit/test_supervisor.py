@@ -9,7 +9,7 @@ import pytest
 
 from handoff.core.generation import GenerationState, Timings
 from handoff.core.respawn import BREAKER_CRASHES, BREAKER_DELAY_SECONDS, STABLE_SECONDS
-from handoff.core.supervisor import SQUEEZE_SECONDS
+from handoff.core.supervisor import CLOSED_SECONDS, SQUEEZE_SECONDS
 from handoff.core.vocabulary import (
     Action,
     Committed,
@@ -74,8 +74,9 @@ def begun(timings: Timings | None = None) -> World:
     return world
 
 
-def go_live(world: World, timings: Timings | None = None) -> World:
-    """Everybody obeys until the starting generation's commit; drains go on."""
+def go_live(world: World, timings: Timings | None = None, closes: bool = True) -> World:
+    """Everybody obeys until the starting generation's commit and its verdict; drains go on. Not `closes`: the old
+    workers have not heard of it yet."""
     started = world.live
     timings = timings or numbers()
     while world.preparing:
@@ -88,12 +89,13 @@ def go_live(world: World, timings: Timings | None = None) -> World:
                 process.step()
             while process.outbox:
                 world.deliver(process)
+        if world.live == starting.generation:
+            break
         world.advance(1.0)
-    for process in members(world, starting.generation):
-        process.step()
-        while process.outbox:
-            world.deliver(process)
     assert world.live == starting.generation != started
+    for process in list(world.processes.values()):
+        if closes and process.drain_deadline is not None and not process.has_closed:
+            go_on(world, process)
     return world
 
 
@@ -120,12 +122,18 @@ def spawned(actions: list[Action]) -> list[tuple[int, int]]:
     return [(action.generation, action.slot) for action in of(actions, Spawn)]
 
 
+def end(world: World, process: Process) -> None:
+    """It does all that it has left to do, and the master hears of it."""
+    while process.step():
+        pass
+    while process.outbox:
+        world.deliver(process)
+
+
 def finish_drains(world: World) -> None:
     for process in list(world.processes.values()):
         if process.is_told_to_leave:
-            process.step()
-            while process.outbox:
-                world.deliver(process)
+            end(world, process)
 
 
 # --- the first boot -------------------------------------------------------------------------------------------------
@@ -276,6 +284,75 @@ def test_a_pending_reload_follows_a_rolled_back_one() -> None:
     assert world.answers[first].exit_code is ExitCode.ROLLED_BACK
     go_live(world)
     assert world.answers[second].exit_code is ExitCode.DONE
+
+
+def reloaded(world: World) -> tuple[int, Verdict | None]:
+    """A reload up to its commit; the old workers have not heard of it yet."""
+    request = world.reload()
+    go_live(world, closes=False)
+    return request, world.answers.get(request)
+
+
+def test_the_verdict_of_a_commit_waits_until_the_old_workers_accept_nobody() -> None:
+    world = live()
+    request, verdict = reloaded(world)
+    assert verdict is None
+    first, second = members(world, 1)
+    go_on(world, first)
+    assert request not in world.answers
+    assert world.supervisor.last_verdict is not None
+    assert world.supervisor.last_verdict.generation == 1
+    go_on(world, second)
+    assert world.answers[request].message == "generation 2 is live"
+    assert states(world, 1) == ["draining", "draining"]
+
+
+def test_an_old_worker_that_ends_has_accepted_for_the_last_time() -> None:
+    world = live(numbers(workers=1))
+    request, verdict = reloaded(world)
+    assert verdict is None
+    crash(world, members(world, 1)[0])
+    assert world.answers[request].message == "generation 2 is live"
+
+
+def test_a_verdict_waits_a_second_for_an_old_worker_that_is_stuck_and_then_names_it() -> None:
+    world = live()
+    request, _ = reloaded(world)
+    first, second = members(world, 1)
+    go_on(world, second)
+    world.advance(CLOSED_SECONDS / 2)
+    assert request not in world.answers
+    world.advance(CLOSED_SECONDS / 2)
+    assert world.answers[request].exit_code is ExitCode.DONE
+    said = f"generation 2 is live; no word yet that the old worker accepts nobody any more: {first.worker}"
+    assert world.answers[request].message == said
+
+
+def test_a_worker_that_drains_for_long_keeps_no_later_verdict_waiting() -> None:
+    world = live()
+    reloaded(world)
+    for process in members(world, 1):
+        go_on(world, process)
+    request, verdict = reloaded(world)
+    assert verdict is None
+    for process in members(world, 2):
+        go_on(world, process)
+    assert world.answers[request].message == "generation 3 is live"
+    assert states(world, 1) == ["draining", "draining"]
+
+
+def test_a_stop_does_not_wait_for_the_verdict_of_a_commit() -> None:
+    world = live()
+    request, _ = reloaded(world)
+    world.stop()
+    assert world.answers[request].message == "generation 2 is live"
+
+
+def test_the_next_commit_does_not_wait_for_the_verdict_of_the_one_before() -> None:
+    world = live()
+    first, _ = reloaded(world)
+    second, _ = reloaded(world)
+    assert [world.answers[first].generation, world.answers.get(second)] == [2, None]
 
 
 # --- rolling back a failed boot -------------------------------------------------------------------------------------
@@ -505,10 +582,10 @@ def test_a_stop_drains_and_exits_once_when_nothing_is_left() -> None:
     request = world.stop()
     first, second = members(world, 1)
     assert of(world.actions, Drain) == [Drain(first.worker, STOP_SECONDS), Drain(second.worker, STOP_SECONDS)]
-    go_on(world, first)
+    end(world, first)
     assert world.exit is None
     assert request not in world.answers
-    go_on(world, second)
+    end(world, second)
     assert world.exit == Exit(ExitCode.DONE, "stopped")
     assert world.answers[request].exit_code is ExitCode.DONE
     world.supervisor.handle(Tick(), world.now + 100.0)
