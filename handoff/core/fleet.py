@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from handoff.core.generation import GENERATION_TABLE, GenerationEvent, GenerationRecord, GenerationState
 from handoff.core.machine import follow
-from handoff.core.vocabulary import Action, Drain, LogTransition, Open, SendSignal, Signal, Spawn, Unbind
+from handoff.core.respawn import Respawn
+from handoff.core.vocabulary import Action, Drain, LogTransition, LogWarning, Open, SendSignal, Signal, Spawn, Unbind
 from handoff.core.worker import MAY_HOLD_CONNECTIONS, WORKER_TABLE, WorkerEvent, WorkerRecord, WorkerState
 
 OPEN_SECONDS = 5.0
@@ -42,6 +43,11 @@ class Fleet:
 
     def count(self, generation: int, state: WorkerState) -> int:
         return sum(worker.state is state for worker in self.workers_of(generation))
+
+    def not_closed_before(self, generation: int) -> list[int]:
+        """Workers of older generations that drain, and have not said that they accept nobody any more."""
+        drain = (worker for worker in self.workers.values() if worker.state is WorkerState.DRAINING)
+        return [worker.worker for worker in drain if worker.generation < generation and not worker.has_closed]
 
     def deadlines(self) -> Iterator[float]:
         for worker in self.workers.values():
@@ -128,3 +134,20 @@ class Fleet:
             self.drain(worker, seconds, now, reason)
         else:
             self.stop(worker, now, reason)
+
+    # --- telling people ---------------------------------------------------------------------------------------------
+
+    def warn_of_crash(
+        self, worker: WorkerRecord, respawn: Respawn, reason: str, traceback: str, was_open: bool
+    ) -> None:
+        text = f"generation {worker.generation}: slot {worker.slot}: {reason}; crash {respawn.crashes} in a row"
+        if traceback:
+            text += "\n" + traceback
+        self.actions.append(LogWarning(text))
+        if respawn.is_breaker_open and not was_open:
+            self.actions.append(
+                LogWarning(
+                    f"generation {worker.generation}: slot {worker.slot} is in a crash loop; "
+                    "trying slowly from now on; roll back or reload with a fix"
+                )
+            )

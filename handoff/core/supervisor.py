@@ -210,22 +210,7 @@ class Supervisor:
             respawn = record.respawns.setdefault(worker.slot, Respawn())
             was_open = respawn.is_breaker_open
             respawn.crashed(now)
-            self._warn_of_crash(worker, respawn, reason, traceback, was_open)
-
-    def _warn_of_crash(
-        self, worker: WorkerRecord, respawn: Respawn, reason: str, traceback: str, was_open: bool
-    ) -> None:
-        text = f"generation {worker.generation}: slot {worker.slot}: {reason}; crash {respawn.crashes} in a row"
-        if traceback:
-            text += "\n" + traceback
-        self.fleet.actions.append(LogWarning(text))
-        if respawn.is_breaker_open and not was_open:
-            self.fleet.actions.append(
-                LogWarning(
-                    f"generation {worker.generation}: slot {worker.slot} is in a crash loop; "
-                    "trying slowly from now on; roll back or reload with a fix"
-                )
-            )
+            self.fleet.warn_of_crash(worker, respawn, reason, traceback, was_open)
 
     # --- what operators ask -----------------------------------------------------------------------------------------
 
@@ -479,11 +464,7 @@ class Supervisor:
         """Give the verdict of a commit: as soon as no new connection can reach the workers that drain."""
         if record.committed_at is None or record.is_verdict_given:
             return
-        silent = [
-            worker.worker
-            for worker in self.fleet.workers.values()
-            if worker.generation < record.generation and worker.state is _W.DRAINING and not worker.has_closed
-        ]
+        silent = self.fleet.not_closed_before(record.generation)
         is_late = now >= record.committed_at + CLOSED_SECONDS
         if silent and record.state is _G.LIVE and not is_late:
             return
