@@ -19,7 +19,7 @@ MAXIMUM_DATA_BYTES = 16 * 1024 * 1024
 """Bytes that a client sent and nobody acted on. More than this does not move: the connection ends where it is."""
 
 
-class State(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
+class State(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True, omit_defaults=True):
     """`client`: host and port, since getpeername tells nothing after a reset; None for a unix socket."""
 
     client: tuple[str, int] | None = None
@@ -61,8 +61,11 @@ class WebSocketState(State, frozen=True, tag=WEBSOCKET):
 AnyState = HTTPState | RawState | WebSocketState
 
 
-class Letter(msgspec.Struct, frozen=True, kw_only=True):
-    """The head of a datagram in a mailbox; the data follows, or lies in a memfd (the last fd) of `size` bytes."""
+class Letter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One connection in the head of a datagram in a mailbox.
+
+    Its `size` bytes of data follow all heads, or lie in a memfd, which comes after its fds.
+    """
 
     state: AnyState
     fds: int = 1

@@ -13,7 +13,7 @@ from functools import partial
 from handoff.core.messages import ReceiverInfo, Receivers
 from handoff.core.receivers import Slot, accepting, kept_slots, read_slots, receivers
 from handoff.core.supervisor import Supervisor
-from handoff.mailbox import Unreadable, mailbox_pair, put_unread, take_unread
+from handoff.mailbox import Unreadable, count_letters, mailbox_pair, put_unread, take_unread
 from handoff.master.crew import Crew
 from handoff.master.log import MasterLog
 from handoff.master.loop import Loop, Order
@@ -239,7 +239,7 @@ class Mailboxes:
         lost = 0
         for mailbox in [*self._mailboxes.values(), *self._retired]:
             if mailbox.held is not None:
-                lost += 1
+                lost += count_letters(mailbox.held[0])
                 for fd in mailbox.held[1]:
                     os.close(fd)
             lost += _drop_unread(mailbox.reader)
@@ -250,16 +250,16 @@ class Mailboxes:
 
 
 def _drop_unread(reader: socket.socket) -> int:
-    """Close what was sent with the datagrams that are there; how many there were."""
+    """Close what was sent with the datagrams that are there; how many connections it was."""
     count = 0
     while True:
         try:
-            _, fds = take_unread(reader)
+            datagram, fds = take_unread(reader)
         except (BlockingIOError, EOFError):
             return count
         except Unreadable:
             continue
-        count += 1
+        count += count_letters(datagram)
         for fd in fds:
             os.close(fd)
 

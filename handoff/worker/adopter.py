@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from handoff.core.moves import AnyState
 from handoff.counters import ADOPTED, REFUSED
-from handoff.mailbox import Unreadable, receive_letter
+from handoff.mailbox import Unreadable, receive_letters
 from handoff.rights import has_headroom
 
 LETTERS_PER_TURN = 16
@@ -52,29 +52,43 @@ class Adopter:
             asyncio.get_running_loop().remove_reader(self._reader.fileno())
             asyncio.get_running_loop().call_later(RETRY_SECONDS, self._resume)
             return
-        for _ in range(LETTERS_PER_TURN):
-            if not self._take_one():
+        taken = 0
+        while taken < LETTERS_PER_TURN:
+            try:
+                letters = receive_letters(self._reader)
+            except BlockingIOError:
                 return
+            except EOFError:
+                self.ended.set()
+                self.stop()
+                return
+            except Unreadable as error:
+                self._refused(error, error.connections)
+                taken += 1
+                continue
+            taken += len(letters)
+            for letter in letters:
+                self._take(*letter)
 
     def _resume(self) -> None:
         if self._is_started:
             self.start()
 
-    def _take_one(self) -> bool:
+    def _take(self, state: AnyState, data: bytes, fds: list[int]) -> None:
+        """Whatever is wrong with this one, those that came with it are taken."""
         try:
-            self._adopt(*receive_letter(self._reader))
-        except BlockingIOError:
-            return False
+            self._adopt(state, data, fds)
         except Unreadable as error:
+            self._refused(error, 1)
+        except Exception:
             self._counters[REFUSED] += 1
-            logging.getLogger("uvicorn.error").warning("a connection could not be taken over: %s", error)
-            return True
-        except EOFError:
-            self.ended.set()
-            self.stop()
-            return False
-        self._counters[ADOPTED] += 1
-        return True
+            logging.getLogger("uvicorn.error").exception("a connection could not be taken over")
+        else:
+            self._counters[ADOPTED] += 1
+
+    def _refused(self, error: Unreadable, connections: int) -> None:
+        self._counters[REFUSED] += connections
+        logging.getLogger("uvicorn.error").warning("a connection could not be taken over: %s", error)
 
 
 def socket_of(state: AnyState, fds: list[int]) -> socket.socket:

@@ -22,7 +22,7 @@ from typing import Any, cast
 from handoff.core.messages import Boot, Opened, Ready, Receivers
 from handoff.core.moves import MAXIMUM_DATA_BYTES, RAW, AnyState, RawState
 from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, HEARTBEAT, MOVED, REFUSED, WorkerCounters
-from handoff.mailbox import Unreadable, receive_letter
+from handoff.mailbox import Unreadable, receive_letters
 from handoff.pacing import end_pacing
 from handoff.rights import has_headroom
 from handoff.worker.accepting import Server
@@ -206,7 +206,7 @@ class Worker(_Identity):
         if not 1 <= len(fds) <= MAXIMUM_HANDED_FDS:
             raise ValueError(f"hand_over: {len(fds)} fds; 1 to {MAXIMUM_HANDED_FDS}")
         mailbox = self._given_to.pop() if self._given_to else None
-        match self._outbox.put(RAW, (RawState(), state, fds), mailbox):
+        match self._outbox.put(RAW, [(RawState(), state, fds)], mailbox):
             case Put.SENT:
                 self._counters[MOVED] += 1
                 return True
@@ -256,7 +256,7 @@ class Worker(_Identity):
     def adopted(self) -> list[tuple[list[socket.socket], bytes]]:
         """Connections that other workers handed over: sockets, non-blocking, which are yours now, and their states.
 
-        At most 16 at once: ask again when the worker is readable; where fds have run out, now and then. A state is
+        A few at once: ask again when the worker is readable; where fds have run out, now and then. A state is
         data, from a peer: check it. Never blocks.
         """
         found: list[tuple[list[socket.socket], bytes]] = []
@@ -281,17 +281,17 @@ class Worker(_Identity):
         self._counters[ADOPTING] = int(self._reads_mailbox)
         while self._reads_mailbox and len(found) < LETTERS_PER_TURN and self._has_room():
             try:
-                _, state, fds = receive_letter(self._mailbox)
+                letters = receive_letters(self._mailbox)
             except BlockingIOError:
                 break
             except EOFError:  # the master closed the writing end; its message that we drain comes by another way
                 self._stop_adopting()
                 break
-            except Unreadable:
-                self._counters[REFUSED] += 1
+            except Unreadable as error:
+                self._counters[REFUSED] += error.connections
                 continue
-            self._counters[ADOPTED] += 1
-            found.append((fds, state))
+            self._counters[ADOPTED] += len(letters)
+            found += [(fds, state) for _, state, fds in letters]
         self._counters[ADOPTING] = int(bool(found))
         return found
 

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from handoff.core.messages import Receivers
-from handoff.core.moves import AnyState
 from handoff.counters import MOVED, REFUSED, WAITING
+from handoff.mailbox import MAXIMUM_INLINE_BYTES, MAXIMUM_LETTERS, Connection
 from handoff.worker.outbox import Outbox, Put
 
 RETRY_SECONDS = 0.02
@@ -23,8 +23,11 @@ class Movable(Protocol):
 
     kind: str
 
-    def letter(self) -> tuple[AnyState, bytes, Sequence[int]] | None:
-        """What moves, fds borrowed; None when it is not quiet any more, or gone."""
+    def letter(self) -> Connection | None:
+        """What moves, fds borrowed; None when it is not quiet any more, or gone. May be asked again."""
+
+    def waits(self) -> None:
+        """There is no room for it yet, and `letter` will be asked for again."""
 
     def moved(self) -> None:
         """It belongs to somebody else now: close our copy, send nothing."""
@@ -33,17 +36,26 @@ class Movable(Protocol):
         """It cannot move: let it end here."""
 
 
+@dataclass(slots=True)
+class _Queue:
+    """Of one kind: one that nobody takes must not keep the others. Each with the receiver that it is meant for."""
+
+    posted: deque[tuple[Movable, int | None]] = field(default_factory=deque)
+    is_waiting: bool = False
+    """There was no room, and everybody in it was told."""
+
+
 class Mover:
     """One worker's, on its event loop."""
 
     def __init__(self, counters: memoryview) -> None:
         self._counters = counters
         self.outbox = Outbox()
-        self._waiting: dict[str, deque[Movable]] = {}
-        """By kind: one that nobody takes must not keep the others."""
+        self._queues: dict[str, _Queue] = {}
         self.room = asyncio.Event()
         """Nobody waits for room: more may be posted. Who waits is not read from, and its client waits as well."""
         self.room.set()
+        self._is_flush_due = False
         self._watched: list[socket.socket] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -53,62 +65,102 @@ class Mover:
         self.outbox.update(message, fds)
         self._flush()
 
-    def post(self, connection: Movable, mailbox: int | None = None) -> bool:
-        """Hand over a quiet connection, to the receiver `mailbox` if it is there. False: it waits for room."""
-        queue = self._waiting.setdefault(connection.kind, deque())
-        if not queue and self._send(connection, mailbox):
-            return True
-        queue.append(connection)
-        self._count()
-        return False
+    def post(self, connection: Movable, mailbox: int | None = None) -> None:
+        """Hand over a quiet connection in the next turn of the loop, with what is posted in this one: several in one
+        datagram take a fifth less of both workers' time. To the receiver `mailbox`, if it is there and has room."""
+        queue = self._queues.setdefault(connection.kind, _Queue())
+        queue.posted.append((connection, mailbox))
+        if queue.is_waiting:
+            connection.waits()
+            self._count()
+        elif not self._is_flush_due:
+            self._is_flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
 
     def count_refused(self) -> None:
         """One that could not move, and could not go on here either."""
         self._counters[REFUSED] += 1
 
     def _flush(self) -> None:
+        self._is_flush_due = False
         self._unwatch()
-        for queue in list(self._waiting.values()):
-            self._send_all(queue, None)
+        for kind, queue in list(self._queues.items()):
+            self._send_all(kind, queue)
         self._count()
 
     def _count(self) -> None:
-        self._counters[WAITING] = waiting = sum(map(len, self._waiting.values()))
+        waiting = sum(len(queue.posted) for queue in self._queues.values() if queue.is_waiting)
+        self._counters[WAITING] = waiting
         if waiting:
             self.room.clear()
         else:
             self.room.set()
 
-    def _send_all(self, queue: deque[Movable], mailbox: int | None) -> None:
-        while queue and self._send(queue[0], mailbox):
-            queue.popleft()
+    def _send_all(self, kind: str, queue: _Queue) -> None:
+        """As far as there is room; `_flush` is called again for the rest."""
+        # Several datagrams for each receiver, so that a few connections are shared evenly, too.
+        limit = min(MAXIMUM_LETTERS, max(1, len(queue.posted) // max(1, 2 * self.outbox.count_takers(kind))))
+        while queue.posted:
+            mailbox = queue.posted[0][1]
+            batch = self._take_batch(queue.posted, limit)
+            put = self._put(kind, [letter for _, letter in batch], mailbox) if batch else Put.SENT
+            if put is Put.SENT:
+                self._counters[MOVED] += len(batch)
+                for connection, _ in batch:
+                    connection.moved()
+            elif put is Put.REFUSED and len(batch) == 1:
+                self._refuse(batch[0][0])
+            else:
+                queue.posted.extendleft((connection, mailbox) for connection, _ in reversed(batch))
+                if put is not Put.REFUSED:
+                    self._wait(kind, queue, put)
+                    return
+                limit = 1
+        queue.is_waiting = False
 
-    def _send(self, connection: Movable, mailbox: int | None) -> bool:
-        """False: there is no room now, and `_flush` will be called again."""
+    def _take_batch(self, posted: deque[tuple[Movable, int | None]], limit: int) -> list[tuple[Movable, Connection]]:
+        """Those at the front that go in one datagram, with their letters; none where they are gone, or cannot move."""
+        batch: list[tuple[Movable, Connection]] = []
+        size, mailbox = 0, posted[0][1]
+        while posted and len(batch) < limit and posted[0][1] == mailbox:
+            connection = posted[0][0]
+            try:
+                letter = connection.letter()
+            except Exception:
+                logging.getLogger("uvicorn.error").exception("a connection could not be handed over")
+                posted.popleft()
+                self._refuse(connection)
+                continue
+            if letter is not None:
+                size += len(letter[1])
+                if batch and size > MAXIMUM_INLINE_BYTES:
+                    break
+                batch.append((connection, letter))
+            posted.popleft()
+        return batch
+
+    def _put(self, kind: str, connections: list[Connection], mailbox: int | None) -> Put:
         try:
-            letter = connection.letter()
-            if letter is None:
-                return True
-            put = self.outbox.put(connection.kind, letter, mailbox)
+            return self.outbox.put(kind, connections, mailbox)
         except Exception:
-            logging.getLogger("uvicorn.error").exception("a connection could not be handed over")
-            put = Put.REFUSED
-        match put:
-            case Put.SENT:
-                self._counters[MOVED] += 1
-                connection.moved()
-            case Put.REFUSED:
-                self._counters[REFUSED] += 1
-                connection.refused()
-            case Put.FULL:
-                self._watch(self.outbox.writers(connection.kind))
-                return False
-            case Put.LATER:
-                self._retry_later()
-                return False
-        return True
+            logging.getLogger("uvicorn.error").exception("connections could not be handed over")
+            return Put.REFUSED
+
+    def _refuse(self, connection: Movable) -> None:
+        self._counters[REFUSED] += 1
+        connection.refused()
 
     # --- waiting for room -------------------------------------------------------------------------------------------
+
+    def _wait(self, kind: str, queue: _Queue, put: Put) -> None:
+        if put is Put.FULL:
+            self._watch(self.outbox.writers(kind))
+        else:
+            self._retry_later()
+        if not queue.is_waiting:
+            queue.is_waiting = True
+            for connection, _ in queue.posted:
+                connection.waits()
 
     def _watch(self, writers: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()

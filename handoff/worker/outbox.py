@@ -1,4 +1,4 @@
-"""The writing ends of other workers' mailboxes: putting one letter into one of them. Never waits."""
+"""The writing ends of other workers' mailboxes: putting letters into one of them. Never waits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import socket
 from collections.abc import Sequence
 
 from handoff.core.messages import ReceiverInfo, Receivers
-from handoff.core.moves import AnyState
-from handoff.mailbox import TooLarge, send_letter, unread_bytes
+from handoff.mailbox import Connection, TooLarge, send_letters, unread_bytes
 
 
 class Put(enum.Enum):
@@ -22,7 +21,7 @@ class Put(enum.Enum):
     LATER = "later"
     """Nobody takes it now, or too many fds are under way (ETOOMANYREFS), of which polling tells nothing."""
     REFUSED = "refused"
-    """It does not fit a letter."""
+    """It does not fit a letter; of several, each may."""
 
 
 class Outbox:
@@ -53,6 +52,9 @@ class Outbox:
         """Somebody adopts connections of this kind."""
         return kind in self._takers
 
+    def count_takers(self, kind: str) -> int:
+        return len(self._takers.get(kind, ()))
+
     def has_unread(self) -> bool:
         """Letters lie in a mailbox: its owner's count of connections does not tell what it will have."""
         return any(unread_bytes(self._writers[info.mailbox]) for info in self.receivers)
@@ -61,8 +63,8 @@ class Outbox:
         """Of those that adopt this kind; borrowed."""
         return [self._writers[info.mailbox] for info in self._takers.get(kind, ())]
 
-    def put(self, kind: str, letter: tuple[AnyState, bytes, Sequence[int]], mailbox: int | None = None) -> Put:
-        """Send one letter, whose fds are borrowed: to `mailbox` if it has room, else to the others in turn."""
+    def put(self, kind: str, connections: Sequence[Connection], mailbox: int | None = None) -> Put:
+        """Send them, all or none, to one receiver: to `mailbox` if it has room, else to the others in turn."""
         targets = self._takers.get(kind, ())
         self._next += 1
         first = self._next % len(targets) if targets else 0
@@ -72,7 +74,7 @@ class Outbox:
         result = Put.LATER
         for info in targets:
             try:
-                send_letter(self._writers[info.mailbox], *letter)
+                send_letters(self._writers[info.mailbox], connections)
             except TooLarge:
                 return Put.REFUSED
             except BlockingIOError:

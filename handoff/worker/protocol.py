@@ -296,8 +296,7 @@ class HTTPProtocol(HttpToolsProtocol):
             self.transport.set_write_buffer_limits(high=0)  # so that resume_writing says when it is empty
             return
         self._is_posted = True
-        if not self.server_state.mover.post(self, self._mailbox):
-            self.flow.pause_reading()
+        self.server_state.mover.post(self, self._mailbox)
 
     @property
     def _is_quiet(self) -> bool:
@@ -327,6 +326,10 @@ class HTTPProtocol(HttpToolsProtocol):
             keep_alive_until=until,
         )
         return state, data, (self.transport.get_extra_info("socket").fileno(),)
+
+    def waits(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.pause_reading()
 
     def moved(self) -> None:
         self._unset_keepalive_if_required()

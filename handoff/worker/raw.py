@@ -165,6 +165,9 @@ class RawConnection:
         state = RawState(client=client, listener=self._listener)
         return state, self._state, (self._transport.get_extra_info("socket").fileno(),)
 
+    def waits(self) -> None:
+        """Reading is paused already."""
+
     def moved(self) -> None:
         self._transport.abort()
 

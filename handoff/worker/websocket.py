@@ -269,6 +269,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             return None
         return *self._letter, (self.transport.get_extra_info("socket").fileno(),)
 
+    def waits(self) -> None:
+        """Reading is paused already."""
+
     def moved(self) -> None:
         self.transport.abort()
 

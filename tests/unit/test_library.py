@@ -15,12 +15,13 @@ from handoff.channel import master_end, worker_end
 from handoff.core.messages import Boot, Drain, Open, ReceiverInfo, Receivers
 from handoff.core.moves import RAW, RawState
 from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, MOVED, REFUSED, CounterPage, WorkerCounters
-from handoff.mailbox import mailbox_pair, receive_letter, send_letter
+from handoff.mailbox import mailbox_pair
 from handoff.rights import send_datagram
 from handoff.settings import Settings
 from handoff.worker.context import Claims
 from handoff.worker.library import Worker
 from handoff.worker.link import Link
+from tests.unit.letters import receive_letter, send_letter
 
 
 class Played:

@@ -21,7 +21,7 @@ from uvicorn.config import Config
 from handoff.core.messages import ReceiverInfo, Receivers
 from handoff.core.moves import HTTP, AnyState, HTTPState
 from handoff.counters import ADOPTED, CONNECTIONS, FIELDS, MOVED, REFUSED, WAITING
-from handoff.mailbox import mailbox_pair, send_letter, unread_bytes
+from handoff.mailbox import mailbox_pair, send_letters, unread_bytes
 from handoff.rights import send_datagram
 from handoff.worker.adopter import Adopter, socket_of
 from handoff.worker.protocol import HTTPProtocol
@@ -406,6 +406,7 @@ def test_a_client_that_goes_away_in_the_mailbox_is_counted_out(run: Run) -> None
 def test_more_connections_than_a_mailbox_holds_wait_for_room(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
         clients = [await bench.connect() for _ in range(400)]
+        bench.two.writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel's least: a few datagrams
         bench.two.adopter.stop()
         bench.one.move_all()
         await bench.until(lambda: bench.one.counters[WAITING] > 0)
@@ -430,9 +431,9 @@ def test_too_many_fds_under_way_are_tried_again_by_a_timer_and_lose_nobody(
             refused += 1
             raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
         refused += 1
-        send_letter(*arguments)
+        send_letters(*arguments)
 
-    monkeypatch.setattr("handoff.worker.outbox.send_letter", send)
+    monkeypatch.setattr("handoff.worker.outbox.send_letters", send)
 
     async def scenario(bench: Bench) -> None:
         clients = [await bench.connect() for _ in range(3)]
@@ -619,7 +620,7 @@ def test_datagrams_that_are_no_connections_are_counted_and_the_next_is_taken(run
         with await bench.connect() as client:
             bench.two.writer.send(b"")
             read, write = os.pipe()
-            send_letter(bench.two.writer, HTTPState(), b"", [read])
+            send_letters(bench.two.writer, [(HTTPState(), b"", [read])])
             os.close(read)
             os.close(write)
             bench.one.move_all()
@@ -639,6 +640,9 @@ def test_one_that_nobody_takes_does_not_keep_the_others(run: Run) -> None:
         def letter(self) -> Any:
             return HTTPState(), b"", (0,)
 
+        def waits(self) -> None:
+            waiting.append(self)
+
     class Broken:
         kind = HTTP
 
@@ -649,6 +653,7 @@ def test_one_that_nobody_takes_does_not_keep_the_others(run: Run) -> None:
             refused.append(self)
 
     refused: list[object] = []
+    waiting: list[object] = []
 
     async def scenario(bench: Bench) -> None:
         with await bench.connect() as client:
@@ -661,7 +666,11 @@ def test_one_that_nobody_takes_does_not_keep_the_others(run: Run) -> None:
             await bench.answers(client, 1)
             assert len(refused) == bench.one.counters[REFUSED] == 1
             bench.one.counters[REFUSED] = 0
-            mover._waiting.clear()
+            mover.post(Stranger())  # type: ignore[arg-type]
+            assert len(waiting) == bench.one.counters[WAITING] == 2
+            assert not mover.room.is_set()
+            mover._queues.clear()
             mover._retry()
+            assert mover.room.is_set()
 
     run(scenario)
