@@ -27,7 +27,7 @@ class Movable(Protocol):
         """What moves, fds borrowed; None when it is not quiet any more, or gone. May be asked again."""
 
     def waits(self) -> None:
-        """There is no room for it yet, and `letter` will be asked for again."""
+        """There is no room for it yet, and `letter` will be asked for again, unless it stays by now."""
 
     def moved(self) -> None:
         """It belongs to somebody else now: close our copy, send nothing."""

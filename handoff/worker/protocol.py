@@ -328,7 +328,7 @@ class HTTPProtocol(HttpToolsProtocol):
         return state, data, (self.transport.get_extra_info("socket").fileno(),)
 
     def waits(self) -> None:
-        if not self.transport.is_closing():
+        if self._is_posted and not self.transport.is_closing():  # it may stay after all
             self.flow.pause_reading()
 
     def moved(self) -> None:

@@ -419,6 +419,30 @@ def test_more_connections_than_a_mailbox_holds_wait_for_room(run: Run) -> None:
     run(scenario)
 
 
+def test_one_that_stays_after_all_is_served_while_others_wait_for_room(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        clients = [await bench.connect() for _ in range(200)]
+        bench.two.writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        bench.two.adopter.stop()
+        with await bench.connect() as client:
+            (last,) = [one for one in bench.one.state.connections if one.client == client.getsockname()]  # type: ignore[union-attr]
+            bench.one.move_all()
+            assert isinstance(last, HTTPProtocol)
+            while not last._is_posted:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            last.cancel_move()
+            await bench.until(lambda: bench.one.counters[WAITING] > 0)
+            await asyncio.get_running_loop().sock_sendall(client, get("/"))
+            await bench.answers(client, 1)
+            assert last in bench.one.state.connections
+        bench.two.adopter.start()
+        await bench.until(lambda: len(bench.two.state.connections) == 200)
+        for one in clients:
+            one.close()
+
+    run(scenario)
+
+
 def test_too_many_fds_under_way_are_tried_again_by_a_timer_and_lose_nobody(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
