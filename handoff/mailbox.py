@@ -27,8 +27,8 @@ MAXIMUM_INLINE_BYTES = 32 * 1024
 MAXIMUM_LETTERS = 16
 """In one datagram. The receiver must have room for all its fds, and serves nobody else while it takes them."""
 _QUEUE_BYTES = 32 * 1024
-"""For the kernel, which takes it twice: some 220 connections, 85 where each comes alone. Clients of those that lie in the
-queue wait; with the kernel's own size it holds 740, and the longest answer took twice as long."""
+"""For the kernel, which takes it twice: some 220 connections, 85 where each comes alone. Clients of those that lie in
+the queue wait; with the kernel's own size it holds 740, and the longest answer took twice as long."""
 _LENGTH_BYTES = 4
 _MAXIMUM_DATAGRAM_BYTES = _LENGTH_BYTES + MAXIMUM_STATE_BYTES + MAXIMUM_INLINE_BYTES
 
