@@ -108,7 +108,7 @@ def receive_letters(reader: socket.socket) -> list[tuple[AnyState, bytes, list[i
         _raise_end(reader)
     try:
         if was_cut:
-            raise Unreadable("a datagram was cut short: no room for its fds, or too long")
+            raise Unreadable("a datagram was cut short: no room for its fds, or too long", count_letters(data))
         return _sorted_out(*_open(data), fds)
     except BaseException:
         for fd in fds:

@@ -17,7 +17,8 @@ BALANCE_SECONDS = 0.2
 
 def main(worker: Worker) -> None:
     listener = worker.listeners["default"]
-    if not worker.ready(adopts=True):  # waits for the commit; False: this generation will not be live
+    # It waits for the commit; False: this generation will not be live.
+    if not worker.ready(adopts=True, tells_closed=True):
         return
     connections: set[socket.socket] = set()
     with selectors.DefaultSelector() as selector:
@@ -39,6 +40,7 @@ def main(worker: Worker) -> None:
                 is_accepting = False
                 selector.unregister(listener)  # unregister first, then close: epoll would keep a ghost
                 listener.close()
+                worker.closed()
             if worker.can_hand_over:
                 hand_over(worker, selector, connections, len(connections))
             elif surplus := worker.surplus():

@@ -99,7 +99,7 @@ class Companions:
                     deadline = now + STABLE_SECONDS if worker.state is _W.OPENING else worker.deadline
                     self.fleet.move(worker, WorkerEvent.OPENED, deadline=deadline)
                 case ClosedSaid():
-                    worker.has_closed = True
+                    pass
                 case LeavingSaid():
                     if worker.fills_slot:
                         worker.failure = event.reason

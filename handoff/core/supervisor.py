@@ -469,8 +469,8 @@ class Supervisor:
         if silent and record.state is _G.LIVE and not is_late:
             return
         if silent and is_late:
-            numbers = ", ".join(map(str, silent))
-            record.news += f"; no word yet that the old worker accepts nobody any more: {numbers}"
+            whose = ", ".join(f"worker {number}" for number in silent)
+            record.news += f"; it is not known yet that the old accept nobody any more: {whose}"
         if record.state is _G.LIVE:
             record.deadline = None
         self._give_verdict(record, ExitCode.DONE, record.news, now)
@@ -618,7 +618,8 @@ class Supervisor:
         record.is_verdict_given = True
         seconds = now - record.started_at
         verdict = Verdict(tuple(record.requests), code, text, record.generation, record.traceback, seconds)
-        self.last_verdict = verdict
+        if self.last_verdict is None or (self.last_verdict.generation or 0) <= record.generation:
+            self.last_verdict = verdict  # a commit waits for the old workers; the next reload may have failed by then
         self.fleet.actions.append(verdict)
 
     def _answer(

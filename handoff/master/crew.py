@@ -294,7 +294,10 @@ class Crew:
         """Send a message and fds, which are borrowed. False when that may succeed later."""
         process = self._processes.get(worker)
         if process is not None and process.foreign is not None:
-            _tell_command(process, process.foreign, message)
+            try:
+                _tell_command(process, process.foreign, message)
+            except PermissionError:
+                self._may_not_signal(process)
             return True
         if process is None or not process.is_channel_open:
             return True
@@ -313,12 +316,16 @@ class Crew:
             return
         try:
             process.send_signal(which)
-        except PermissionError:  # it became another user, and we may not signal those
-            self._log.warning(
-                "may not signal the worker; its channel is closed instead", worker=worker, pid=process.pid
-            )
-            self._close_channel(process)
-            process.channel.close()
+        except PermissionError:
+            self._may_not_signal(process)
+
+    def _may_not_signal(self, process: WorkerProcess) -> None:
+        """It became another user."""
+        self._log.warning(
+            "may not signal the worker; its channel is closed instead", worker=process.worker, pid=process.pid
+        )
+        self._close_channel(process)
+        process.channel.close()
 
     # --- hearing ----------------------------------------------------------------------------------------------------
 

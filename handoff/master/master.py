@@ -18,6 +18,7 @@ from handoff.core import control, messages
 from handoff.core.supervisor import Supervisor
 from handoff.core.vocabulary import (
     Action,
+    ClosedSaid,
     Committed,
     Drain,
     Event,
@@ -354,6 +355,8 @@ class Master:
                 ending = self._ending_listeners(action.worker)
                 moves = not self._supervisor.is_stopping
                 self._crew.send(action.worker, messages.Drain(seconds=action.seconds, ending=ending, moves=moves))
+                if not self._has_listeners(action.worker):  # it may be at work, and look at it much later
+                    self._events.append(ClosedSaid(action.worker))
             case SendSignal():
                 self._crew.signal(action.worker, action.signal)
             case Committed():
@@ -384,6 +387,9 @@ class Master:
         if all(one.pins.settings.command for one in present):
             for listener in prepared.listeners.values():
                 os.set_blocking(listener.socket.fileno(), True)
+
+    def _has_listeners(self, worker: int) -> bool:
+        return bool(self._generations[self._supervisor.fleet.workers[worker].generation].listeners)
 
     def _ending_listeners(self, worker: int) -> tuple[str, ...]:
         """The names of the worker's listeners that no generation accepts from after it."""

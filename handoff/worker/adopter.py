@@ -14,14 +14,15 @@ from handoff.mailbox import Unreadable, receive_letters
 from handoff.rights import has_headroom
 
 LETTERS_PER_TURN = 16
-"""More in one turn of the loop would make the clients of this worker wait (seen: 101 ms without a limit)."""
+"""After so many no further datagram is taken in one turn of the loop: the clients of this worker would wait (seen:
+101 ms without a limit)."""
 RETRY_SECONDS = 0.1
 
 
 class Adopter:
     """Reads the mailbox while it is started. Owns its reading end.
 
-    `adopt` owns the fds that it is given, and may raise Unreadable after it has closed them.
+    `adopt` owns the fds that it is given, and has closed them where it raises: Unreadable, or anything unforeseen.
     """
 
     def __init__(
@@ -47,28 +48,31 @@ class Adopter:
         asyncio.get_running_loop().remove_reader(self._reader.fileno())
 
     def _read(self) -> None:
-        if not has_headroom(self._reader.fileno()):
-            logging.getLogger("uvicorn.error").warning("no free fds to take over connections; they wait")
-            asyncio.get_running_loop().remove_reader(self._reader.fileno())
-            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._resume)
-            return
         taken = 0
         while taken < LETTERS_PER_TURN:
-            try:
-                letters = receive_letters(self._reader)
-            except BlockingIOError:
+            if not has_headroom(self._reader.fileno()):
+                logging.getLogger("uvicorn.error").warning("no free fds to take over connections; they wait")
+                asyncio.get_running_loop().remove_reader(self._reader.fileno())
+                asyncio.get_running_loop().call_later(RETRY_SECONDS, self._resume)
                 return
-            except EOFError:
-                self.ended.set()
-                self.stop()
-                return
-            except Unreadable as error:
-                self._refused(error, error.connections)
-                taken += 1
-                continue
-            taken += len(letters)
-            for letter in letters:
-                self._take(*letter)
+            taken += self._take_some()
+
+    def _take_some(self) -> int:
+        """Of one datagram. A whole turn's number, where there is none."""
+        try:
+            letters = receive_letters(self._reader)
+        except BlockingIOError:
+            return LETTERS_PER_TURN
+        except EOFError:
+            self.ended.set()
+            self.stop()
+            return LETTERS_PER_TURN
+        except Unreadable as error:
+            self._refused(error, error.connections)
+            return error.connections
+        for letter in letters:
+            self._take(*letter)
+        return len(letters)
 
     def _resume(self) -> None:
         if self._is_started:
@@ -103,3 +107,19 @@ def socket_of(state: AnyState, fds: list[int]) -> socket.socket:
         raise Unreadable(f"not a connection: {error}") from None
     connection.setblocking(False)
     return connection
+
+
+def sockets_of(fds: list[int]) -> list[socket.socket]:
+    """Takes ownership of the fds. Empty where one of them is no socket."""
+    sockets: list[socket.socket] = []
+    try:
+        for fd in fds:
+            sockets.append(socket.socket(fileno=fd))
+            sockets[-1].setblocking(False)
+    except OSError:
+        for one in sockets:
+            one.detach()
+        for fd in fds:
+            os.close(fd)
+        return []
+    return sockets

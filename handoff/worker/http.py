@@ -325,7 +325,7 @@ class HTTPService:
     async def _has_room(self) -> bool:
         """Idle connections are served on until it is their turn to move: among thousands that takes a while. False:
         something changed meanwhile, or the time is over, and everything is to be looked at again."""
-        room = self._state.mover.room
+        room = self._state.mover.room(HTTP)
         if not room.is_set():
             waiters = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(room.wait())]
             await asyncio.wait(waiters, timeout=self._remaining(), return_when=asyncio.FIRST_COMPLETED)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import select
 import signal
 import socket
@@ -27,7 +26,7 @@ from handoff.pacing import end_pacing
 from handoff.rights import has_headroom
 from handoff.worker.accepting import Server
 from handoff.worker.acceptors import Acceptors, fd_of
-from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of
+from handoff.worker.adopter import LETTERS_PER_TURN, Adopter, socket_of, sockets_of
 from handoff.worker.balance import shares
 from handoff.worker.collector import end_boot
 from handoff.worker.context import Claims
@@ -64,8 +63,8 @@ class _Identity:
         self._claims = claims
         self._counters = counters
         self._is_ready = False
-        self._accepts_by_itself = True
-        """The program does, and not this library for it."""
+        self._is_closed_when_told = True
+        """The program accepts by itself, and is taken to stop when it hears of a drain."""
 
     @property
     def listeners(self) -> Mapping[str, socket.socket]:
@@ -80,7 +79,7 @@ class _Identity:
         return self._is_told_to_drain()
 
     def _is_told_to_drain(self) -> bool:
-        if self._link.is_draining and self._accepts_by_itself:
+        if self._link.is_draining and self._is_closed_when_told:
             self._link.closed()
         return self._link.is_draining
 
@@ -157,9 +156,11 @@ class Worker(_Identity):
         again after a `hand_over` that found none: register the worker in a selector, then call `wait(0)`."""
         return self._epoll.fileno()
 
-    def ready(self, adopts: bool = False) -> bool:
+    def ready(self, adopts: bool = False, tells_closed: bool = False) -> bool:
         """Say that everything works, and wait for the commit. True: accept from now on. False: return from `main`,
-        this generation will not be live. `adopts`: the program takes connections over with `adopted()`."""
+        this generation will not be live. `adopts`: the program takes connections over with `adopted()`.
+        `tells_closed`: it calls `closed()` in a drain; else it is taken to accept nobody as soon as it hears of one."""
+        self._is_closed_when_told = not tells_closed
         self._say_ready(adopts)
         self._link.read()
         while not self._link.is_open and not self._link.is_draining:
@@ -171,6 +172,11 @@ class Worker(_Identity):
             self._epoll.register(self._mailbox, select.EPOLLIN)
         self._link.send(Opened())
         return True
+
+    def closed(self) -> None:
+        """Of a drain: say that nobody is accepted here any more. The verdict of a reload waits for it, a second at
+        most."""
+        self._link.closed()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until a drain is asked for, or there is something for `adopted`, or for `timeout` seconds.
@@ -261,7 +267,7 @@ class Worker(_Identity):
         """
         found: list[tuple[list[socket.socket], bytes]] = []
         for fds, state in self.adopted_fds():
-            if sockets := _sockets_of(fds):
+            if sockets := sockets_of(fds):
                 found.append((sockets, state))
             else:
                 self._counters[ADOPTED] -= 1
@@ -336,22 +342,6 @@ class Worker(_Identity):
             self._wake_writer.send(b"\0")
 
 
-def _sockets_of(fds: list[int]) -> list[socket.socket]:
-    """Takes ownership of the fds. Empty where one of them is no socket."""
-    sockets: list[socket.socket] = []
-    try:
-        for fd in fds:
-            sockets.append(socket.socket(fileno=fd))
-            sockets[-1].setblocking(False)
-    except OSError:
-        for one in sockets:
-            one.detach()
-        for fd in fds:
-            os.close(fd)
-        return []
-    return sockets
-
-
 class AsyncWorker(_Identity):
     """For a program on asyncio; `await worker.serve(protocol_factory)` is all that most need."""
 
@@ -419,7 +409,7 @@ class AsyncWorker(_Identity):
             if listener.type != socket.SOCK_STREAM:
                 raise ValueError(f"serve: listener {name} is UDP; give it to loop.create_datagram_endpoint(sock=…)")
         moves = makes_movable(protocol_factory)
-        self._accepts_by_itself = False
+        self._is_closed_when_told = False
         self._factories = {name: partial(self._make, protocol_factory, name) for name in sockets}
         if not await self._ready(adopts=moves):
             return

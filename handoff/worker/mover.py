@@ -41,8 +41,8 @@ class _Queue:
     """Of one kind: one that nobody takes must not keep the others. Each with the receiver that it is meant for."""
 
     posted: deque[tuple[Movable, int | None]] = field(default_factory=deque)
-    is_waiting: bool = False
-    """There was no room, and everybody in it was told."""
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    """Not set: everybody in it waits for room, and was told so."""
 
 
 class Mover:
@@ -52,9 +52,6 @@ class Mover:
         self._counters = counters
         self.outbox = Outbox()
         self._queues: dict[str, _Queue] = {}
-        self.room = asyncio.Event()
-        """Nobody waits for room: more may be posted. Who waits is not read from, and its client waits as well."""
-        self.room.set()
         self._is_flush_due = False
         self._watched: list[socket.socket] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -68,14 +65,26 @@ class Mover:
     def post(self, connection: Movable, mailbox: int | None = None) -> None:
         """Hand over a quiet connection in the next turn of the loop, with what is posted in this one: several in one
         datagram take a fifth less of both workers' time. To the receiver `mailbox`, if it is there and has room."""
-        queue = self._queues.setdefault(connection.kind, _Queue())
+        queue = self._queue(connection.kind)
         queue.posted.append((connection, mailbox))
-        if queue.is_waiting:
+        if not queue.room.is_set():
             connection.waits()
             self._count()
         elif not self._is_flush_due:
             self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
+
+    def room(self, kind: str) -> asyncio.Event:
+        """Set while nobody of this kind waits for room: more may be posted. Who waits is not read from, and its client
+        waits as well."""
+        return self._queue(kind).room
+
+    def _queue(self, kind: str) -> _Queue:
+        queue = self._queues.get(kind)
+        if queue is None:
+            queue = self._queues[kind] = _Queue()
+            queue.room.set()
+        return queue
 
     def count_refused(self) -> None:
         """One that could not move, and could not go on here either."""
@@ -89,15 +98,10 @@ class Mover:
         self._count()
 
     def _count(self) -> None:
-        waiting = sum(len(queue.posted) for queue in self._queues.values() if queue.is_waiting)
-        self._counters[WAITING] = waiting
-        if waiting:
-            self.room.clear()
-        else:
-            self.room.set()
+        self._counters[WAITING] = sum(len(queue.posted) for queue in self._queues.values() if not queue.room.is_set())
 
     def _send_all(self, kind: str, queue: _Queue) -> None:
-        """As far as there is room; `_flush` is called again for the rest."""
+        """As far as there is room; `_flush` is called again for the rest. After one that was refused all go alone."""
         # Several datagrams for each receiver, so that a few connections are shared evenly, too.
         limit = min(MAXIMUM_LETTERS, max(1, len(queue.posted) // max(1, 2 * self.outbox.count_takers(kind))))
         while queue.posted:
@@ -116,11 +120,12 @@ class Mover:
                     self._wait(kind, queue, put)
                     return
                 limit = 1
-        queue.is_waiting = False
+        queue.room.set()
 
     def _take_batch(self, posted: deque[tuple[Movable, int | None]], limit: int) -> list[tuple[Movable, Connection]]:
         """Those at the front that go in one datagram, with their letters; none where they are gone, or cannot move."""
         batch: list[tuple[Movable, Connection]] = []
+        seen: set[Movable] = set()  # one that was posted, taken back and posted again is there twice
         size, mailbox = 0, posted[0][1]
         while posted and len(batch) < limit and posted[0][1] == mailbox:
             connection = posted[0][0]
@@ -131,10 +136,11 @@ class Mover:
                 posted.popleft()
                 self._refuse(connection)
                 continue
-            if letter is not None:
+            if letter is not None and connection not in seen:
                 size += len(letter[1])
                 if batch and size > MAXIMUM_INLINE_BYTES:
                     break
+                seen.add(connection)
                 batch.append((connection, letter))
             posted.popleft()
         return batch
@@ -157,8 +163,8 @@ class Mover:
             self._watch(self.outbox.writers(kind))
         else:
             self._retry_later()
-        if not queue.is_waiting:
-            queue.is_waiting = True
+        if queue.room.is_set():
+            queue.room.clear()
             for connection, _ in queue.posted:
                 connection.waits()
 

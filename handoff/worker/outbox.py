@@ -13,7 +13,7 @@ from handoff.mailbox import Connection, TooLarge, send_letters, unread_bytes
 
 
 class Put(enum.Enum):
-    """What became of a letter."""
+    """What became of the letters."""
 
     SENT = "sent"
     FULL = "full"
@@ -82,6 +82,8 @@ class Outbox:
             except OSError as error:
                 if error.errno == errno.ETOOMANYREFS:
                     return Put.LATER
+                if error.errno == errno.EMSGSIZE:  # net.core.wmem_max is less than a queue of ours
+                    return Put.REFUSED
             else:
                 return Put.SENT
         return result

@@ -93,7 +93,7 @@ class Moving:
     def _balance(self) -> None:
         worker = self._worker
         is_of_use = bool(worker.has_siblings or worker.is_crowded or self._sent)
-        self._is_balancing = is_of_use and not worker.draining
+        self._is_balancing = is_of_use and worker.drain_seconds is None
         if not self._is_balancing:
             return
         self._loop.timers.call_at(self._loop.now + BALANCE_SECONDS, self._balance)

@@ -57,7 +57,7 @@ def main(worker: Worker) -> None:
     names = {service.name for service in arguments.balancer.services}
     listeners = {name: worker.listeners[name] for name in worker.listeners if _service_of(name) in names}
     refuse_own_backends(arguments.balancer, ".", bound_addresses(_vague(arguments.balancer, listeners)))
-    if worker.ready(adopts=True):
+    if worker.ready(adopts=True, tells_closed=True):
         gc.freeze()  # connections leave no cycles: what is looked through again and again is what lives long
         gc.set_threshold(50_000, 50, 50)
         relays = RelayWorker(
@@ -95,7 +95,6 @@ class RelayWorker:
         table = first_table()
         assert page.row is not None
         self._worker = worker
-        self._is_draining = False
         self._listeners: Mapping[str, socket.socket] = {}
         self._acceptors: dict[str, Acceptor] = {}
         """By the names of listeners: of those that we accept from."""
@@ -128,12 +127,14 @@ class RelayWorker:
             acceptor.open()
         loop.watch(worker.fileno(), READ, self._worker_event)
         self._moving.may_balance()
-        self._is_draining = worker.draining
-        while not self._is_draining:
+        while worker.drain_seconds is None:  # whoever of us was told of it
             self._turn(None)
+        if worker.is_orphan:
+            self._close_listeners()
         self._link.draining()
         ending = frozenset(self._acceptors) & worker.ending_listeners
         self._stop_accepting(self._acceptors.keys() - ending)
+        worker.closed()
         if ending:
             self._be_unready()
         self._stop_accepting(ending)
@@ -188,7 +189,7 @@ class RelayWorker:
             self._log.flush()
 
     def _worker_event(self, _mask: int) -> None:
-        self._is_draining = self._worker.wait(0)
+        self._worker.wait(0)
         if self._worker.is_orphan:
             self._close_listeners()
         self._moving.adopt_some()

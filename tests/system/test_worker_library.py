@@ -119,6 +119,25 @@ def test_connected_clients_finish_while_a_reload_drains_their_worker(directory: 
         service.wait_for_generations(2)
 
 
+AT_WORK = """
+import pathlib, time
+
+def main(worker):
+    if worker.ready():
+        while not pathlib.Path("done").exists():
+            time.sleep(0.01)
+"""
+
+
+def test_a_verdict_does_not_wait_for_a_program_without_listeners_that_is_at_work(directory: Path) -> None:
+    (directory / "main.py").write_text(AT_WORK)
+    with Service(directory, "--bind", "none", app="main:main", bind=None) as service:
+        done = service.reload()
+        assert done.returncode == 0, done.stderr
+        assert "generation 2 is live (" in done.stdout
+        (directory / "done").touch()
+
+
 def test_reloads_under_clients_lose_none(directory: Path, text: str) -> None:
     with Service(directory, "--workers", "2", app="main:main") as service:
         with Clients(lambda: ask_anew(service)) as clients:

@@ -27,7 +27,8 @@ class Post:
     def __init__(self) -> None:
         self.letters: list[tuple[list[int], bytes]] = []
         self.room = 1000
-        self.draining = self.can_hand_over = True
+        self.drain_seconds: float | None = 30.0
+        self.can_hand_over = True
         self.has_unread = self.has_siblings = self.is_crowded = False
         self.connections = 0
         self.above = 0
@@ -67,7 +68,7 @@ class Two:
 
     def moving(self, rig: Rig) -> Moving:
         worker: Any = self.post
-        played = {"hand_over", "adopted_fds", "surplus", "draining", "can_hand_over", "has_unread"}
+        played = {"hand_over", "adopted_fds", "surplus", "drain_seconds", "can_hand_over", "has_unread"}
         assert {*played, "has_siblings", "is_crowded"} <= set(dir(Worker))
         if rig not in self._moving:
             self._moving[rig] = Moving(worker, rig.engine, rig.loop, lambda _: self.service)
@@ -288,7 +289,7 @@ def test_what_the_new_table_does_not_have_goes_on(two: Two) -> None:
 def test_who_has_more_than_its_share_gives(two: Two) -> None:
     backend = two.new.backend()
     two.serve(endpoint(backend))
-    two.post.draining = False
+    two.post.drain_seconds = None
     two.post.above = 2
     for _ in range(5):
         two.old.client()

@@ -26,7 +26,6 @@ class Played:
     """Plays a `handoff.Worker` that drains from the start."""
 
     generation, slot = 1, 0
-    draining = True
     is_orphan = can_hand_over = may_adopt = has_unread = has_siblings = is_crowded = False
     connections = 0
     ending_listeners: frozenset[str] = frozenset()
@@ -34,6 +33,7 @@ class Played:
     def __init__(self) -> None:
         self._fd = os.eventfd(1)
         self.drain_seconds: float | None = 1000.0
+        self.said: list[str] = []
 
     def fileno(self) -> int:
         return self._fd
@@ -41,6 +41,9 @@ class Played:
     def wait(self, _timeout: float) -> bool:
         os.eventfd_read(self._fd)
         return True
+
+    def closed(self) -> None:
+        self.said.append("closed")
 
     def adopted_fds(self) -> list[tuple[list[int], bytes]]:
         return []
@@ -56,7 +59,7 @@ class Rig:
         self.played, self.backend = Played(), Backend()
         assert {name for name in dir(Played) if not name.startswith("_")} - {"close"} <= {
             *dir(Worker),
-            *("generation", "slot"),
+            *("generation", "slot", "said"),
         }
         one = Endpoint(identity="shop/main/a@1#0", name="a", address=self.backend.address)
         route = Route(service="shop", shares={"main": 100}, pools={"main": (one,)})
@@ -149,3 +152,16 @@ def test_a_worker_that_drains_already_closes_its_listeners_when_the_master_dies(
     rig.drain()
     assert seen[0] >= 0
     assert seen[1] == -1
+
+
+def test_a_drain_that_was_heard_of_without_a_wake_up_is_noticed_in_the_same_turn(rig: Rig) -> None:
+    """`surplus` reads what the master says, too; then nothing is there that makes anybody readable."""
+    rig.played.drain_seconds = None
+
+    def hear() -> None:
+        assert not rig.played.said
+        rig.played.drain_seconds = 1000.0
+
+    rig.soon(hear)
+    rig.drain()
+    assert rig.played.said == ["closed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from handoff.channel import master_end, worker_end
-from handoff.core.messages import Boot, Drain, Open, ReceiverInfo, Receivers
+from handoff.core.messages import Boot, Closed, Drain, Open, ReceiverInfo, Receivers
 from handoff.core.moves import RAW, RawState
 from handoff.counters import ADOPTED, ADOPTING, CONNECTIONS, MOVED, REFUSED, CounterPage, WorkerCounters
 from handoff.mailbox import mailbox_pair
@@ -49,9 +50,9 @@ class Played:
         self._channel = worker_end(theirs)
         self.worker = Worker(boot, Link(self._channel), Claims(boot), counters)
 
-    def begin(self) -> None:
+    def begin(self, tells_closed: bool = False) -> None:
         self.master.send(Open())
-        assert self.worker.ready(adopts=True)
+        assert self.worker.ready(adopts=True, tells_closed=tells_closed)
 
     def close(self) -> None:
         self.master.close()
@@ -65,14 +66,19 @@ class Played:
 
 
 @pytest.fixture
-def played() -> Iterator[Played]:
+def unready() -> Iterator[Played]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     found = Played()
-    found.begin()
     yield found
     found.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def played(unready: Played) -> Played:
+    unready.begin()
+    return unready
 
 
 @pytest.fixture
@@ -308,3 +314,29 @@ def test_without_fds_for_them_connections_wait_and_nothing_spins(
     assert poll.poll(0) != [], "it is told of the next one"
     [([adopted], _)] = worker.adopted()
     adopted.close()
+
+
+def said_closed(played: Played) -> bool:
+    said = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            said.append(played.master.receive()[0])
+    return Closed() in said
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_a_program_accepts_nobody_as_soon_as_it_hears_of_a_drain_or_when_it_says_so(
+    unready: Played, tells: bool
+) -> None:
+    worker = unready.worker
+    unready.begin(tells_closed=tells)
+    unready.master.send(Drain(seconds=30.0, moves=True))
+    assert worker.surplus() == 0
+    assert worker.drain_seconds is not None
+    assert not said_closed(unready), "the program has not heard of it"
+    assert worker.wait(0)
+    assert said_closed(unready) is not tells
+    worker.closed()
+    assert said_closed(unready) is tells
+    worker.closed()
+    assert not said_closed(unready), "once"

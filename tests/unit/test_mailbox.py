@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -186,6 +187,22 @@ def test_a_datagram_that_is_unreadable_says_how_many_are_lost(mailbox: Pair, con
     with pytest.raises(Unreadable) as caught:
         receive_letters(mailbox[1])
     assert caught.value.connections == 3
+
+
+def test_what_comes_without_room_for_its_fds_is_counted(mailbox: Pair, connection: Pair) -> None:
+    send_letters(mailbox[0], [(STATE, b"", [connection[1].fileno()])] * 5)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    before = open_fds()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 2, limits[1]))
+    try:
+        with pytest.raises(Unreadable) as caught:
+            receive_letters(mailbox[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.connections == 5
+    assert open_fds() == before
 
 
 def test_letters_that_nobody_will_read_are_counted(mailbox: Pair, connection: Pair) -> None:

@@ -41,6 +41,7 @@ class Connection:
 
     def moved(self) -> None:
         self.told.append("moved")
+        self.is_gone = True
 
     def refused(self) -> None:
         self.told.append("refused")
@@ -151,6 +152,20 @@ def test_those_that_are_gone_meanwhile_are_left_out() -> None:
     run(scenario)
 
 
+def test_one_that_was_taken_back_and_posted_again_goes_once() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.receivers(1)
+        posted = rig.post(9)
+        for one in posted:
+            rig.mover.post(one)
+        await turn()
+        assert list(chain(*rig.received())) == list(range(9))
+        assert all(one.told == ["moved"] for one in posted)
+        assert rig.counters[MOVED] == 9
+
+    run(scenario)
+
+
 def test_each_goes_to_the_receiver_that_it_is_meant_for() -> None:
     async def scenario(rig: Rig) -> None:
         rig.receivers(2)
@@ -220,7 +235,7 @@ def test_who_finds_no_room_is_told_once_and_goes_in_order_when_there_is() -> Non
         await turn()
         waiting = rig.counters[WAITING]
         assert 0 < waiting < 200
-        assert not rig.mover.room.is_set()
+        assert not rig.mover.room(HTTP).is_set()
         late = Connection(rig, 200)
         rig.mover.post(late)
         assert late.told == ["waits"]
@@ -232,6 +247,6 @@ def test_who_finds_no_room_is_told_once_and_goes_in_order_when_there_is() -> Non
         assert received == list(range(201))
         assert {tuple(one.told) for one in (*posted, late)} == {("moved",), ("waits", "moved")}
         assert rig.counters[WAITING] == 0
-        assert rig.mover.room.is_set()
+        assert rig.mover.room(HTTP).is_set()
 
     run(scenario)

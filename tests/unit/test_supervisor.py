@@ -324,7 +324,7 @@ def test_a_verdict_waits_a_second_for_an_old_worker_that_is_stuck_and_then_names
     assert request not in world.answers
     world.advance(CLOSED_SECONDS / 2)
     assert world.answers[request].exit_code is ExitCode.DONE
-    said = f"generation 2 is live; no word yet that the old worker accepts nobody any more: {first.worker}"
+    said = f"generation 2 is live; it is not known yet that the old accept nobody any more: worker {first.worker}"
     assert world.answers[request].message == said
 
 
@@ -339,6 +339,17 @@ def test_a_worker_that_drains_for_long_keeps_no_later_verdict_waiting() -> None:
         go_on(world, process)
     assert world.answers[request].message == "generation 3 is live"
     assert states(world, 1) == ["draining", "draining"]
+
+
+def test_the_last_verdict_is_that_of_the_newest_generation() -> None:
+    world = live()
+    first, _ = reloaded(world)
+    second = world.reload()
+    world.prepare_failed(world.preparing[0])
+    for process in members(world, 1):
+        go_on(world, process)
+    assert [world.answers[one].exit_code for one in (first, second)] == [ExitCode.DONE, ExitCode.ROLLED_BACK]
+    assert world.supervisor.last_verdict is world.answers[second]
 
 
 def test_a_stop_does_not_wait_for_the_verdict_of_a_commit() -> None:
