@@ -222,23 +222,35 @@ class Gate:
     """A command that waits until it is let through."""
 
     def __init__(self, directory: Path) -> None:
-        self.come, self._gate = directory / "come", directory / "gate"
-        os.mkfifo(self._gate)
-        self.line = f"echo $HANDOFF_TOKEN >>{self.come}; read word <{self._gate}"
+        self.come, place = directory / "come", directory / "gate"
+        os.mkfifo(place)
+        # To read and to write: a command that comes to it finds a writer, and what is written waits for it.
+        self._gate = os.open(place, os.O_RDWR)
+        self.line = f"echo $HANDOFF_TOKEN >>{self.come}; read word <{place}"
 
     def wait(self) -> None:
         wait_until(self.come.exists, "the command runs")
 
     def open(self) -> None:
-        self._gate.write_text("go\n")
+        """For one command."""
+        os.write(self._gate, b"\n")
+
+    def close(self) -> None:
+        os.close(self._gate)
 
     @property
     def tokens(self) -> list[str]:
         return self.come.read_text().split()
 
 
-def test_of_two_that_deploy_at_once_one_wins_and_the_other_is_told_who(rollouts: Rollouts) -> None:
-    gate = Gate(rollouts.directory)
+@pytest.fixture
+def gate(rollouts: Rollouts) -> Iterator[Gate]:
+    made = Gate(rollouts.directory)
+    yield made
+    made.close()
+
+
+def test_of_two_that_deploy_at_once_one_wins_and_the_other_is_told_who(rollouts: Rollouts, gate: Gate) -> None:
     with rollouts.serving():
         rollouts.write(HEAD.replace("once = ", f'before = "{gate.line}"\nonce = ') + 'bake = "0s"\n' + ROLLING)
         both = [rollouts.start(version, "--yes") for version in ("v2", "v3")]
@@ -255,8 +267,7 @@ def test_of_two_that_deploy_at_once_one_wins_and_the_other_is_told_who(rollouts:
         assert len(set(rollouts.versions().values())) == 1
 
 
-def test_a_deployer_that_stood_still_past_its_lease_is_refused_everywhere(rollouts: Rollouts) -> None:
-    gate = Gate(rollouts.directory)
+def test_a_deployer_that_stood_still_past_its_lease_is_refused_everywhere(rollouts: Rollouts, gate: Gate) -> None:
     with rollouts.serving() as balancer:
         text = HEAD.replace("once = ", f'before = "{gate.line}"\nonce = ')
         rollouts.write(text + 'drain = true\nbake = "0s"\n' + ROLLING)
@@ -290,8 +301,9 @@ def test_a_deployer_that_stood_still_past_its_lease_is_refused_everywhere(rollou
         assert rollouts.versions() == {"web1": "v2", "web2": "v2"}
 
 
-def test_a_command_goes_on_while_its_deployer_is_killed_and_the_next_one_joins_it(rollouts: Rollouts) -> None:
-    gate = Gate(rollouts.directory)
+def test_a_command_goes_on_while_its_deployer_is_killed_and_the_next_one_joins_it(
+    rollouts: Rollouts, gate: Gate
+) -> None:
     with rollouts.serving():
         waits = f"mkdir -p ROOT/{{host}}; test {{host}} != web1 || {{ {gate.line}; }}"
         rollouts.write(HEAD.replace("mkdir -p ROOT/{host}", waits) + 'bake = "0s"\n' + ROLLING)
@@ -307,8 +319,7 @@ def test_a_command_goes_on_while_its_deployer_is_killed_and_the_next_one_joins_i
         rollouts.ran()
 
 
-def test_ctrl_c_stops_at_a_safe_point_gives_the_lock_back_and_says_how_to_go_on(rollouts: Rollouts) -> None:
-    gate = Gate(rollouts.directory)
+def test_ctrl_c_stops_at_a_safe_point_gives_the_lock_back_and_says_how_to_go_on(rollouts: Rollouts, gate: Gate) -> None:
     with rollouts.serving():
         waits = f"mkdir -p ROOT/{{host}}; test {{host}} != web1 || {{ {gate.line}; }}"
         rollouts.write(HEAD.replace("mkdir -p ROOT/{host}", waits) + 'bake = "0s"\n' + ROLLING)
