@@ -48,7 +48,7 @@ class Unreadable(Exception):
 
     def __init__(self, reason: str, connections: int = 1) -> None:
         super().__init__(reason)
-        self.connections = connections
+        self.connections = max(1, connections)
         """How many were lost, as far as can be told."""
 
 
@@ -154,7 +154,7 @@ def _raise_end(reader: socket.socket) -> NoReturn:
 def count_letters(datagram: bytes) -> int:
     """How many connections `take_unread` has taken with it; 1 where it is none of ours."""
     try:
-        return len(_open(datagram)[0])
+        return max(1, len(_open(datagram)[0]))
     except Unreadable:
         return 1
 

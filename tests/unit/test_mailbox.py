@@ -211,7 +211,7 @@ def test_letters_that_nobody_will_read_are_counted(mailbox: Pair, connection: Pa
     for fd in fds:
         os.close(fd)
     assert count_letters(datagram) == 3
-    assert count_letters(b"garbage") == 1
+    assert count_letters(b"garbage") == count_letters(datagram_of(b"[]")) == 1
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
