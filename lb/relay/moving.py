@@ -36,11 +36,18 @@ class Moving:
     """Of one relay worker."""
 
     def __init__(
-        self, worker: Worker, engine: Engine, loop: Loop, service_at: Callable[[socket.socket], str | None]
+        self,
+        worker: Worker,
+        engine: Engine,
+        loop: Loop,
+        service_at: Callable[[socket.socket], str | None],
+        on_read: Callable[[], None] = lambda: None,
     ) -> None:
-        """`service_at`: the one whose listener a client came by."""
+        """`service_at`: the one whose listener a client came by. `on_read` is called when what the master says was read
+        here, and nobody is woken for it."""
         self._worker, self._engine, self._loop = worker, engine, loop
         self._service_at = service_at
+        self._on_read = on_read
         self._is_balancing = False
         self._shown: int | None = None
         """Connections here, as the others know them; None: to be told, even if there are as many as before."""
@@ -101,6 +108,7 @@ class Moving:
         self.adopt_some()  # those that no fds were left for
         self.show()
         surplus = worker.surplus()
+        self._on_read()
         for _, relay in zip(range(surplus), self._engine.relays(), strict=False):
             if not self._hand_over(relay):
                 return

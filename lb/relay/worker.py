@@ -95,6 +95,7 @@ class RelayWorker:
         table = first_table()
         assert page.row is not None
         self._worker = worker
+        self._is_draining = False
         self._listeners: Mapping[str, socket.socket] = {}
         self._acceptors: dict[str, Acceptor] = {}
         """By the names of listeners: of those that we accept from."""
@@ -111,7 +112,7 @@ class RelayWorker:
             on_older=lambda: self._take(first_table()),
         )
         self.engine = Engine(self._loop, page, table, self._link, self._log)
-        self._moving = Moving(worker, self.engine, self._loop, self._service_at)
+        self._moving = Moving(worker, self.engine, self._loop, self._service_at, self._heard)
         self._link.open()
 
     def serve(self, listeners: Mapping[str, socket.socket]) -> None:
@@ -127,7 +128,8 @@ class RelayWorker:
             acceptor.open()
         loop.watch(worker.fileno(), READ, self._worker_event)
         self._moving.may_balance()
-        while worker.drain_seconds is None:  # whoever of us was told of it
+        self._heard()
+        while not self._is_draining:
             self._turn(None)
         if worker.is_orphan:
             self._close_listeners()
@@ -188,8 +190,13 @@ class RelayWorker:
         if self._log is not None:
             self._log.flush()
 
+    def _heard(self) -> None:
+        """Somebody has read what the master says: nobody is woken for it again."""
+        self._is_draining = self._worker.drain_seconds is not None
+
     def _worker_event(self, _mask: int) -> None:
         self._worker.wait(0)
+        self._heard()
         if self._worker.is_orphan:
             self._close_listeners()
         self._moving.adopt_some()
