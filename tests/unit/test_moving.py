@@ -421,13 +421,15 @@ def test_more_connections_than_a_mailbox_holds_wait_for_room(run: Run) -> None:
 
 def test_one_that_stays_after_all_is_served_while_others_wait_for_room(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
-        clients = [await bench.connect() for _ in range(200)]
-        bench.two.writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        bench.two.adopter.stop()
         with await bench.connect() as client:
-            (last,) = [one for one in bench.one.state.connections if one.client == client.getsockname()]  # type: ignore[union-attr]
-            bench.one.move_all()
-            assert isinstance(last, HTTPProtocol)
+            last = only(bench.one)
+            clients = [await bench.connect() for _ in range(200)]
+            bench.two.writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            bench.two.adopter.stop()
+            for one in bench.one.state.connections - {last}:  # type: ignore[operator]
+                assert isinstance(one, HTTPProtocol)
+                one.begin_move()
+            last.begin_move()
             while not last._is_posted:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             last.cancel_move()
@@ -437,8 +439,8 @@ def test_one_that_stays_after_all_is_served_while_others_wait_for_room(run: Run)
             assert last in bench.one.state.connections
         bench.two.adopter.start()
         await bench.until(lambda: len(bench.two.state.connections) == 200)
-        for one in clients:
-            one.close()
+        for other in clients:
+            other.close()
 
     run(scenario)
 
