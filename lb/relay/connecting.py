@@ -29,9 +29,8 @@ def begin(target: Target, silent_seconds: float | None, speaks: bool) -> tuple[s
         if family != _UNIX:
             server.setsockopt(_TCP, _NODELAY, 1)
             server.setsockopt(_SOCKET, _OOBINLINE, 1)  # as what is accepted
-            if (
-                speaks
-            ):  # what is said carries the last step of the handshake: one segment less, one wake-up of the server
+            if speaks:
+                # What is said carries the last step of the handshake: one segment less, one wake-up of the server.
                 server.setsockopt(_TCP, _QUICKACK, 0)
             if not target.is_local:
                 notice_silence(server, silent_seconds)
